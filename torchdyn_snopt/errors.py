@@ -80,6 +80,9 @@ class SNOptError(Exception):
     ) -> None:
         super().__init__(_compose(what, got=got, allowed=allowed, do=do))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
 
 class InvalidInputError(SNOptError, ValueError):
     """An argument has a value, shape or type with which the call cannot work."""
@@ -139,9 +142,6 @@ class SolverError(SNOptError, RuntimeError):
             do=do or _enumerate(_SOLVE_ADVICE[phase]),
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
-
 
 class CurvatureError(SNOptError, RuntimeError):
     """A layer's curvature could not be collected, or its factors could not be factorized.
@@ -186,9 +186,6 @@ class CurvatureError(SNOptError, RuntimeError):
         if self.norms:
             parts.append(_describe_norms(self.norms))
         return ", ".join(parts) or None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.args, self.__dict__)
 
 
 def _compose(what: str, *, got: str | None, allowed: str | None, do: str | None) -> str:
