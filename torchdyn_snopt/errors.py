@@ -2,10 +2,10 @@
 
 ```
 SNOptError
-├── InvalidInputError  (also a ValueError)           the caller passed something that cannot work
-├── UnsupportedError   (also a NotImplementedError)  a sound request that this package does not serve
+├── InvalidInputError  (also a ValueError)           an argument cannot work
+├── UnsupportedError   (also a NotImplementedError)  a sound request that is not served here
 ├── SolverError        (also a RuntimeError)         an ODE solve failed; carries where and how
-└── CurvatureError     (also a RuntimeError)         a curvature factor cannot be built or factorized
+└── CurvatureError     (also a RuntimeError)         a curvature factor cannot be built or used
 ```
 
 Every message answers four questions: *what* went wrong, what was *got*, what is *allowed*, and what
@@ -89,7 +89,7 @@ class InvalidInputError(SNOptError, ValueError):
 
 
 class UnsupportedError(SNOptError, NotImplementedError):
-    """A request that makes sense but that this package does not serve; the message says what does."""
+    """A request that makes sense but is not served here; the message says what to use instead."""
 
 
 class SolverError(SNOptError, RuntimeError):
