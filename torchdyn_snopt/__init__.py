@@ -1,0 +1,31 @@
+"""Second-order training for neural ODEs in torchdyn (Liu, Chen & Theodorou, NeurIPS 2021)."""
+
+from torchdyn_snopt.adjoint.problem import SNOptSensitivity
+from torchdyn_snopt.errors import (
+    CurvatureError,
+    InvalidInputError,
+    SNOptError,
+    SolverError,
+    UnsupportedError,
+)
+from torchdyn_snopt.solvers import SolveStats
+from torchdyn_snopt.torchdiffeq_api import odeint_snopt
+from torchdyn_snopt.torchdyn_plugin import register, solve_stats, unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CurvatureError",
+    "InvalidInputError",
+    "SNOptError",
+    "SNOptSensitivity",
+    "SolveStats",
+    "SolverError",
+    "UnsupportedError",
+    "odeint_snopt",
+    "register",
+    "solve_stats",
+    "unregister",
+]
+
+register()

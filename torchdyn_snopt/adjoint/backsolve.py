@@ -1,0 +1,278 @@
+"""The backward solve: a(t), the gradients and the curvature in one pass (Eqs. 3–5, 13).
+
+The ODE state holds x and a only. The parameter gradient −∫ F_θᵀ a dt and the curvature integrals do
+not feed back into the state, so they are summed with the stage weights bᵢ on accepted steps: the
+same numbers as carrying them in the state, at a fraction of the cost and memory.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
+from torchdyn_snopt.adjoint.problem import segment_times
+from torchdyn_snopt.adjoint.weighted import WeightedSum
+from torchdyn_snopt.curvature.recording import LayerTape, PassSums, group_uses
+from torchdyn_snopt.solvers import PROBE, Step, Stepper, System, interpolate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from torchdyn_snopt.adjoint.forward import Trajectory
+    from torchdyn_snopt.adjoint.problem import Problem
+    from torchdyn_snopt.curvature.factors import Use
+    from torchdyn_snopt.curvature.registry import Collector
+
+Uses = dict["nn.Module", "list[Use]"]
+
+
+class AdjointSystem(System):
+    """dx/dt = F, da/dt = −F_xᵀ a − ℓ_x on the flat state (x, a), with the sums on the side."""
+
+    def __init__(self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape) -> None:
+        """Set up.
+
+        Args:
+            problem: what and how.
+            shape: of the state x.
+            sums: takes the curvature of this pass.
+            tape: records the layers that somebody wants; idle if nobody does.
+        """
+        self.field, self.shape, self.n = problem.field, shape, math.prod(shape)
+        self.problem = problem
+        tableau = problem.backward.tableau
+        self.b, self.e, self.fsal = tableau.b, tableau.e, tableau.fsal
+        self.stages = tableau.stages
+        self.full_norm = problem.sensitivity.error_norm == "full"
+        on_grid = problem.sensitivity.quadrature == "grid"
+        self.sums, self.tape = sums, tape
+        self.collects_stages = bool(sums.wanted) and not on_grid
+        self.collects_grid = bool(sums.wanted) and on_grid
+        self.total = WeightedSum()
+        self.at_end = False
+        self.grid: list[float] = []
+        self.grid_dt = 0.0
+        self._first: tuple[list[Tensor | None], Uses] = ([], {})
+        self._last: tuple[list[Tensor | None], Uses] = ([], {})
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._step_sum = WeightedSum()
+        self._step_error = WeightedSum()
+        self._step_uses: list[tuple[float, Uses]] = []
+
+    def evaluate(self, stage: int, t: float, y: Tensor, out: Tensor) -> None:
+        """Write (F, −F_xᵀ a − ℓ_x) into ``out``; see `System.evaluate`.
+
+        Args:
+            stage: number of the stage.
+            t: time.
+            y: state (x, a), flat [2N].
+            out: row [2N].
+        """
+        if stage == 1:
+            self._begin_step()
+        weighted = stage >= 0 and (self.b[stage] != 0.0 or self.full_norm)
+        carried = self.fsal and stage == self.stages - 1 and not self.at_end
+        wanted = weighted or carried
+        gradients, uses = self._vjp(t, y, out, wanted, wanted and self.collects_stages)
+        if stage == 0:
+            self._first = (gradients, uses)
+        elif weighted:
+            self._step_sum.add(gradients, self.b[stage])
+            self._step_uses.append((self.b[stage], uses))
+        if self.full_norm and self.e is not None and stage > 0:
+            self._step_error.add(gradients, self.e[stage])
+        if carried:
+            self._last = (gradients, uses)
+
+    def _vjp(
+        self, t: float, y: Tensor, out: Tensor | None, parameters: bool, curvature: bool
+    ) -> tuple[list[Tensor | None], Uses]:
+        """One evaluation of F and one vector-Jacobian product with a."""
+        n, shape, field = self.n, self.shape, self.field
+        x = y[:n].view(shape).detach().requires_grad_()
+        a = y[n:].view(shape)
+        thetas = field.parameters if parameters else ()
+        with torch.enable_grad():
+            f = field(t, x)
+            outputs, seeds = [f], [a]
+            if field.running_cost is not None:
+                cost = field.cost(t, x)
+                outputs.append(cost)
+                seeds.append(torch.ones_like(cost))
+        records = self.tape.take() if curvature else []
+        if not curvature:
+            self.tape.records.clear()
+        inputs = (x, *thetas, *(record.edge for record in records))
+        gradients = vector_jacobian(outputs, inputs, seeds)
+        if out is not None:
+            out[:n].view(shape).copy_(f.detach())
+            if gradients[0] is None:
+                out[n:].zero_()
+            else:
+                torch.neg(gradients[0].reshape(-1), out=out[n:])
+        end = 1 + len(thetas)
+        return list(gradients[1:end]), group_uses(records, gradients[end:])
+
+    def accepted(self, step: Step) -> None:
+        """Add the step to the integrals.
+
+        Args:
+            step: it; its dt is negative when the forward solve went up in time.
+        """
+        # dL/dθ = ∫ from t0 to t1 of F_θᵀ a dt, and the step runs the other way: weight −dt.
+        if self.b[0] != 0.0:
+            self.total.add(self._first[0], -step.dt * self.b[0])
+        if self._step_sum.total is not None:
+            self.total.add(self._step_sum.total, -step.dt)
+        if self.collects_stages:
+            if self.b[0] != 0.0:
+                self.sums.add(self._first[1], self.b[0] * abs(step.dt))
+            for weight, uses in self._step_uses:
+                self.sums.add(uses, weight * abs(step.dt))
+        if self.collects_grid:
+            self._collect_on_grid(step)
+        if self.fsal:
+            self._first = self._last
+        self._begin_step()
+
+    def start_segment(self, t: float, t_end: float) -> None:
+        """Lay the paper's grid over a segment, when it is in use.
+
+        Args:
+            t: where the segment starts.
+            t_end: where it ends.
+        """
+        if self.collects_grid:
+            length = abs(t_end - t)
+            points = max(1, math.ceil(length / self.problem.sensitivity.grid_step - 1e-9))
+            self.grid_dt = length / points
+            self.grid = [t + (t_end - t) * (i / points) for i in range(1, points + 1)]
+
+    def _collect_on_grid(self, step: Step) -> None:
+        end = step.t + step.dt
+        f1: Tensor | None = None
+        slack = 1e-9 * abs(step.dt)
+        while self.grid and (end - self.grid[0]) * math.copysign(1.0, step.dt) >= -slack:
+            t = self.grid.pop(0)
+            if f1 is None:
+                f1 = step.k[-1] if self.fsal else self._slope(end, step.y1)
+            y = interpolate(step, f1, min(1.0, (t - step.t) / step.dt))
+            self.sums.add(self._vjp(t, y, None, False, True)[1], self.grid_dt)
+            self.problem.stats.backward.nfe += 1
+
+    def _slope(self, t: float, y: Tensor) -> Tensor:
+        out = torch.empty_like(y)
+        self.evaluate(PROBE, t, y, out)
+        self.problem.stats.backward.nfe += 1
+        return out
+
+    def extra_error_ratio(self, dt: float) -> float:
+        """Scaled error of the parameter gradient, for error_norm='full'.
+
+        Args:
+            dt: signed step.
+
+        Returns:
+            Root mean square of error / (atol + rtol·|gradient|); 0 for 'state'.
+        """
+        if not self.full_norm or self.e is None:
+            return 0.0
+        tolerances = self.problem.backward.tolerances
+        error, value = WeightedSum(), WeightedSum()
+        error.add(self._first[0], self.e[0])
+        error.add(self._step_error.total or [], 1.0)
+        value.add(self._first[0], self.b[0])
+        value.add(self._step_sum.total or [], 1.0)
+        squares, count = 0.0, 0
+        totals = self.total.total or [None] * len(self.field.parameters)
+        for e, v, total in zip(error.total or [], value.total or [], totals, strict=True):
+            if e is None or v is None:
+                continue
+            after = v * -dt if total is None else total - dt * v
+            scale = torch.maximum(after.abs(), torch.zeros_like(after) if total is None else total.abs())
+            scale.mul_(tolerances.rtol).add_(tolerances.atol)
+            squares += float((e * dt / scale).square().sum())
+            count += e.numel()
+        return math.sqrt(squares / count) if count else 0.0
+
+    def norms(self, y: Tensor) -> dict[str, float]:
+        """Norms of x and a.
+
+        Args:
+            y: state [2N].
+
+        Returns:
+            Them by name.
+        """
+        n = self.n
+        return {
+            "x": float(torch.linalg.vector_norm(y[:n])),
+            "a": float(torch.linalg.vector_norm(y[n:])),
+        }
+
+
+def solve_backward(
+    problem: Problem,
+    trajectory: Trajectory,
+    grad_states: Tensor,
+    wanted: dict[nn.Module, list[Collector]],
+    *,
+    time_gradients: bool,
+) -> Gradients:
+    """Integrate x and a from t1 to t0.
+
+    Args:
+        problem: what and how.
+        trajectory: what the forward solve left.
+        grad_states: dL/dx at each evaluation time, ``[T, *x.shape]``.
+        wanted: layers whose curvature is to be collected, with their takers.
+        time_gradients: whether dL/dt is needed.
+
+    Returns:
+        The gradients.
+    """
+    states, times = trajectory.states, problem.times
+    shape = states.shape[1:]
+    n = math.prod(shape)
+    sums = PassSums(wanted, problem.batch)
+    tape = LayerTape()
+    system = AdjointSystem(problem, shape, sums, tape)
+    y = torch.cat([states[-1].reshape(-1), grad_states[-1].reshape(-1)])
+    stepper = Stepper(
+        system,
+        y,
+        problem.backward.tableau,
+        problem.backward.tolerances,
+        phase="backward",
+        stats=problem.stats.backward,
+        dt=trajectory.dt,
+    )
+    dt = states.new_zeros(len(times)) if time_gradients else None
+    with ExitStack() as stack:
+        if wanted:
+            stack.enter_context(tape.watching(list(wanted)))
+        for i in range(len(times) - 1, 0, -1):
+            if dt is not None:
+                dt[i] = stepper.first_stage(times[i])[:n].dot(grad_states[i].reshape(-1))
+            start = times[i]
+            system.start_segment(start, times[i - 1])
+            for t in segment_times(start, times[i - 1], problem.backward.grid):
+                y = stepper.advance(start, t)
+                start = t
+            if i > 1:
+                y = torch.cat([states[i - 1].reshape(-1), y[n:] + grad_states[i - 1].reshape(-1)])
+                stepper.restart(y)
+        if dt is not None:
+            dt[0] = -stepper.first_stage(times[0])[:n].dot(y[n:])
+            if problem.field.running_cost is not None:
+                dt[-1] += problem.field.cost(times[-1], states[-1])
+                dt[0] -= problem.field.cost(times[0], states[0])
+    sums.deliver(problem.horizon)
+    parameters = system.total.total or [None] * len(problem.field.parameters)
+    return Gradients(y[n:].view(shape) + grad_states[0], dt, parameters)

@@ -1,0 +1,206 @@
+"""One layer's Kronecker factors, as running sums over time, samples, positions and columns.
+
+With reduction='mean' the loss is the mean over a batch of N samples, so the gradients that arrive
+carry 1/N. The sums keep what arrives, and `LayerSums.factors` multiplies by N once: micro-batches
+whose losses were divided by their number then give exactly the factors of the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor  # noqa: TC002 (NamedTuple reads it at run time)
+
+from torchdyn_snopt.curvature.layers import WeightSharing, gradient_rows, input_rows
+from torchdyn_snopt.curvature.moments import Moment
+from torchdyn_snopt.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+CurvatureKind: TypeAlias = Literal["empirical", "mc", "ggn"]
+Reduction: TypeAlias = Literal["mean", "sum"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "curvature": ("empirical", "mc", "ggn"),
+    "weight_sharing": ("expand", "reduce"),
+    "reduction": ("mean", "sum"),
+}
+
+
+@dataclass(frozen=True)
+class CurvatureSpec:
+    """Which curvature to collect.
+
+    Attributes:
+        curvature: 'empirical' (seed Φ_x of each sample's loss), 'mc' or 'ggn' (seeds of the loss).
+        weight_sharing: 'expand' or 'reduce' (positions summed before the outer product).
+        reduction: how the loss combines the samples, 'mean' or 'sum'.
+    """
+
+    curvature: CurvatureKind = "empirical"
+    weight_sharing: WeightSharing = "expand"
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InvalidInputError(
+                    f"unknown {name}",
+                    got=f"{name}={value!r}",
+                    allowed=", ".join(repr(choice) for choice in allowed),
+                    do=f"pass {name}={allowed[0]!r}",
+                )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The Kronecker factors of one layer; its curvature is scale · A ⊗ B.
+
+    Attributes:
+        A: ``[in(+1), in(+1)]``, or ``[G, in(+1), in(+1)]`` for a grouped convolution.
+        B: ``[out, out]``, or ``[G, out/G, out/G]``.
+        scale: 1/(t1 − t0) for 'empirical' (the paper's scaled seed), else 1.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+
+class Use(NamedTuple):
+    """One use of a layer in one evaluation.
+
+    Attributes:
+        z: the layer's input.
+        g: gradient of its output, ``[R, ...]`` with a leading dimension of columns for 'mc' and
+            'ggn'; None when the output has no gradient.
+    """
+
+    z: Tensor
+    g: Tensor | None
+
+
+class LayerSums:
+    """Running sums of one layer, over evaluations and backward passes."""
+
+    def __init__(self, module: nn.Module, spec: CurvatureSpec, *, bias: bool) -> None:
+        """Start empty.
+
+        Args:
+            module: the layer.
+            spec: what is collected.
+            bias: whether the bias belongs to the curvature.
+        """
+        self.module, self.spec, self.bias = module, spec, bias
+        self._a: Moment | None = None
+        self._b: Moment | None = None
+        self._rows = self._row_samples = 0.0  # integrals over time, for the mean over positions
+        self._samples = self._batch = self._sample_time = 0.0  # totals over finished passes
+
+    def add(
+        self, uses: Sequence[Use], batch: int, weight: float, gradient_weight: float | None = None
+    ) -> int:
+        """Add one evaluation of the layer, used once or several times.
+
+        Several uses of a layer count as further positions of each sample.
+
+        Args:
+            uses: inputs and output gradients.
+            batch: samples in the model's batch.
+            weight: quadrature weight of the evaluation, bᵢ·|dt| (signed).
+            gradient_weight: weight for B where it differs from that for A.
+
+        Returns:
+            Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
+        """
+        inputs = [
+            input_rows(self.module, use.z, batch, self.spec.weight_sharing, bias=self.bias)
+            for use in uses
+        ]
+        gradients = [self._gradients(use.g, batch) for use in uses if use.g is not None]
+        self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
+        self._row_samples += weight * inputs[0].samples
+        z_rows = [rows.values for rows in inputs]
+        if self.spec.weight_sharing == "reduce" and len(uses) > 1:
+            positions = sum(rows.positions for rows in inputs)
+            shares = [rows.positions / positions for rows in inputs]
+            z_rows = [_total([z * s for z, s in zip(z_rows, shares, strict=True)])]
+            gradients = [_total(gradients)] if gradients else []
+        for z in z_rows:
+            self._a = self._a or Moment(z)
+            self._a.add(z, weight)
+        for g in gradients:
+            self._b = self._b or Moment(g)
+            self._b.add(g, weight if gradient_weight is None else gradient_weight)
+        return inputs[0].samples
+
+    def _gradients(self, g: Tensor, batch: int) -> Tensor:
+        columns = 1
+        if self.spec.curvature != "empirical":
+            columns, g = g.shape[0], g.flatten(0, 1)
+        return gradient_rows(self.module, g, batch * columns, self.spec.weight_sharing).values
+
+    def close(self, samples: int, batch: int, horizon: float) -> None:
+        """Count the samples of a finished backward pass.
+
+        Args:
+            samples: what `add` returned in this pass.
+            batch: samples in the model's batch.
+            horizon: |t1 − t0| of the pass; 1 outside an ODE.
+        """
+        self._samples += samples
+        self._batch += batch
+        self._sample_time += samples * horizon
+
+    def absorb(self, other: LayerSums) -> None:
+        """Add the sums of another pass over the same layer.
+
+        Args:
+            other: its sums; not to be used afterwards.
+        """
+        self._a = _merge(self._a, other._a)
+        self._b = _merge(self._b, other._b)
+        self._rows += other._rows
+        self._row_samples += other._row_samples
+        self._samples += other._samples
+        self._batch += other._batch
+        self._sample_time += other._sample_time
+
+    def factors(self) -> Factors | None:
+        """The factors of everything that was collected.
+
+        Returns:
+            A and B, or None when no pass was finished or no gradient arrived.
+        """
+        if self._a is None or self._b is None or self._samples == 0.0:
+            return None
+        multiplier = self._batch**2 if self.spec.reduction == "mean" else 1.0
+        positions = 1.0
+        if self.spec.weight_sharing == "expand":
+            positions = self._rows / self._row_samples
+        scale = 1.0
+        if self.spec.curvature == "empirical":
+            scale = self._samples / self._sample_time
+        return Factors(
+            self._a.full() / self._samples,
+            self._b.full() * (multiplier / (self._samples * positions)),
+            scale,
+        )
+
+
+def _merge(left: Moment | None, right: Moment | None) -> Moment | None:
+    if left is None or right is None:
+        return left or right
+    left.merge(right)
+    return left
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)

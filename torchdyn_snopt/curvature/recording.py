@@ -1,0 +1,131 @@
+"""Recording what flows through layers: hooks that live only as long as a `with` block."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from torchdyn_snopt.curvature.factors import LayerSums, Use
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from torchdyn_snopt.curvature.registry import Collector
+
+
+class Record(NamedTuple):
+    """One call of a layer: the layer, its input, and where its output stands in the graph."""
+
+    module: nn.Module
+    z: Tensor
+    edge: GradientEdge
+
+
+class LayerTape:
+    """Records the calls of some layers; the gradient of each output is asked for at its edge.
+
+    An edge, unlike the output tensor, stays right when a following activation works in place.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.records: list[Record] = []
+
+    @contextmanager
+    def watching(self, modules: Sequence[nn.Module]) -> Iterator[LayerTape]:
+        """Hook the layers for the duration of the block.
+
+        Args:
+            modules: layers to record.
+
+        Yields:
+            This tape.
+        """
+        handles = [module.register_forward_hook(self._hook) for module in modules]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.records.clear()
+
+    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad and torch.is_grad_enabled():
+            self.records.append(Record(module, inputs[0].detach(), get_gradient_edge(output)))
+
+    def take(self) -> list[Record]:
+        """The records since the last call.
+
+        Returns:
+            Them, in the order of the calls.
+        """
+        taken, self.records = self.records, []
+        return taken
+
+
+class PassSums:
+    """The curvature of one backward pass, handed to the collectors when it has succeeded."""
+
+    def __init__(self, wanted: dict[nn.Module, list[Collector]], batch: int) -> None:
+        """Start empty.
+
+        Args:
+            wanted: layers and their takers.
+            batch: samples in the batch.
+        """
+        self.wanted, self.batch = wanted, batch
+        self._sums: dict[tuple[nn.Module, Collector], LayerSums] = {}
+        self._samples: dict[tuple[nn.Module, Collector], int] = {}
+
+    def add(
+        self, uses: dict[nn.Module, list[Use]], weight: float, gradient_weight: float | None = None
+    ) -> None:
+        """Add one evaluation of the field.
+
+        Args:
+            uses: what was recorded of each layer.
+            weight: quadrature weight bᵢ·|dt|.
+            gradient_weight: weight for B where it differs.
+        """
+        for module, layer_uses in uses.items():
+            for collector in self.wanted[module]:
+                key = (module, collector)
+                if key not in self._sums:
+                    bias = collector.takes_bias(module)
+                    self._sums[key] = LayerSums(module, collector.spec, bias=bias)
+                self._samples[key] = self._sums[key].add(
+                    layer_uses, self.batch, weight, gradient_weight
+                )
+
+    def deliver(self, horizon: float) -> None:
+        """Hand everything to the collectors.
+
+        Args:
+            horizon: |t1 − t0|; 1 outside an ODE.
+        """
+        for (module, collector), sums in self._sums.items():
+            sums.close(self._samples[module, collector], self.batch, horizon)
+            collector.absorb(module, sums)
+
+
+def group_uses(records: Sequence[Record], gradients: Sequence[Tensor | None]) -> dict[
+    nn.Module, list[Use]
+]:
+    """Recorded calls with their gradients, by layer.
+
+    Args:
+        records: the calls.
+        gradients: gradient of each call's output.
+
+    Returns:
+        Uses of each layer.
+    """
+    uses: dict[nn.Module, list[Use]] = {}
+    for record, gradient in zip(records, gradients, strict=True):
+        uses.setdefault(record.module, []).append(Use(record.z, gradient))
+    return uses

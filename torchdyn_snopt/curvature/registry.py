@@ -1,0 +1,159 @@
+"""Who wants which layer's curvature: a weak registry from parameters to collectors.
+
+A collector belongs to an optimizer or to a `record_curvature` block. A backward solve asks for the
+active collectors of the layers in its field; when there are none it does no work for curvature at
+all. Nothing here keeps a model, a parameter or a collector alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums
+from torchdyn_snopt.curvature.layers import is_supported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+
+_collectors: weakref.WeakSet[Collector] = weakref.WeakSet()
+
+
+class Collector:
+    """Collects the factors of the layers whose weights it watches, while it is active."""
+
+    def __init__(self, spec: CurvatureSpec, weights: Iterable[Tensor]) -> None:
+        """Register, inactive.
+
+        Args:
+            spec: what to collect.
+            weights: weights of the layers to watch; of others none is collected.
+        """
+        self.spec = spec
+        self.active = False
+        self._watched = WeakTensorKeyDictionary()
+        self._sums = WeakTensorKeyDictionary()
+        self.watch(weights)
+        _collectors.add(self)
+
+    def watch(self, weights: Iterable[Tensor]) -> None:
+        """Watch further layers.
+
+        Args:
+            weights: their weights.
+        """
+        for weight in weights:
+            self._watched[weight] = True
+
+    def watches(self, weight: Tensor) -> bool:
+        """Whether this layer is watched.
+
+        Args:
+            weight: its weight.
+
+        Returns:
+            True if so.
+        """
+        return weight in self._watched
+
+    def takes_bias(self, module: nn.Module) -> bool:
+        """Whether the curvature of a layer covers its bias.
+
+        Args:
+            module: the layer.
+
+        Returns:
+            True for a layer with a trainable bias.
+        """
+        return module.bias is not None and module.bias.requires_grad
+
+    def factors(self, weight: Tensor) -> Factors | None:
+        """What was collected for a layer since the last `clear`.
+
+        Args:
+            weight: its weight.
+
+        Returns:
+            The factors, or None.
+        """
+        sums: LayerSums | None = self._sums.get(weight)
+        return None if sums is None else sums.factors()
+
+    def absorb(self, module: nn.Module, sums: LayerSums) -> None:
+        """Take over the sums of one finished backward pass.
+
+        Args:
+            module: the layer.
+            sums: its sums, closed.
+        """
+        known: LayerSums | None = self._sums.get(module.weight)
+        if known is None:
+            self._sums[module.weight] = sums
+        else:
+            known.absorb(sums)
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self._sums.clear()
+
+
+def active_collectors() -> list[Collector]:
+    """Collectors that want curvature from the backward pass that is about to run.
+
+    Returns:
+        Those that are active, usually none or one.
+    """
+    return [collector for collector in _collectors if collector.active]
+
+
+def wanted_layers(
+    modules: Iterable[nn.Module], collectors: Iterable[Collector]
+) -> dict[nn.Module, list[Collector]]:
+    """Layers whose curvature somebody wants.
+
+    Args:
+        modules: candidates, e.g. all modules of a field.
+        collectors: active collectors.
+
+    Returns:
+        Each wanted layer with the collectors that want it; empty if none.
+    """
+    wanted: dict[nn.Module, list[Collector]] = {}
+    collectors = list(collectors)
+    for module in modules:
+        if is_supported(module) and module.weight.requires_grad:
+            takers = [c for c in collectors if c.watches(module.weight)]
+            if takers:
+                wanted[module] = takers
+    return wanted
+
+
+_failed = WeakTensorKeyDictionary()
+
+
+def mark_failed(parameters: Iterable[Tensor]) -> None:
+    """Note that a solve over these parameters failed and was skipped.
+
+    Args:
+        parameters: θ of the solve.
+    """
+    for parameter in parameters:
+        _failed[parameter] = True
+
+
+def take_failed(parameters: Iterable[Tensor]) -> bool:
+    """Whether a solve over any of these parameters failed since the last call; forgets it.
+
+    Args:
+        parameters: an optimizer's parameters.
+
+    Returns:
+        True if so.
+    """
+    if not _failed:
+        return False
+    return any([_failed.pop(parameter, False) for parameter in parameters])
