@@ -8,6 +8,7 @@ from torchdyn_snopt.errors import (
     SolverError,
     UnsupportedError,
 )
+from torchdyn_snopt.optim.snopt import SNOpt
 from torchdyn_snopt.solvers import SolveStats
 from torchdyn_snopt.torchdiffeq_api import odeint_snopt
 from torchdyn_snopt.torchdyn_plugin import register, solve_stats, unregister
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CurvatureError",
     "InvalidInputError",
+    "SNOpt",
     "SNOptError",
     "SNOptSensitivity",
     "SolveStats",

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torchdyn_snopt.adjoint.backsolve import solve_backward
 from torchdyn_snopt.adjoint.checkpoint import replay_backward
 from torchdyn_snopt.adjoint.forward import Trajectory, solve_forward
+from torchdyn_snopt.curvature.outside import inside_solve
 from torchdyn_snopt.curvature.registry import active_collectors, mark_failed, wanted_layers
 from torchdyn_snopt.errors import InvalidInputError, SolverError, UnsupportedError
 from torchdyn_snopt.solvers import PhaseStats, check_segments
@@ -152,7 +153,8 @@ def _guarded(problem: Problem, run: Callable[[], Result]) -> Result | None:
     """Run one direction; None when it failed and failures are to be skipped."""
     stats = problem.stats
     try:
-        result = run()
+        with inside_solve():
+            result = run()
     except Exception as error:
         stats.status = f"{type(error).__name__}: {error}"
         if isinstance(error, SolverError) and problem.sensitivity.on_failure == "skip":

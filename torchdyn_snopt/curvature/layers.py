@@ -58,18 +58,17 @@ def is_supported(module: nn.Module) -> bool:
     return type(module) in SUPPORTED_LAYERS and getattr(module, "weight", None) is not None
 
 
-def weight_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+def weight_matrix(weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
     """A weight-shaped and a bias-shaped tensor as the matrix that A ⊗ B acts on.
 
     Args:
-        module: the layer.
-        weight: tensor shaped like its weight.
+        weight: tensor shaped like a layer's weight.
         bias: tensor shaped like its bias, or None.
+        groups: of a grouped convolution.
 
     Returns:
         ``[out, in(+1)]``, or ``[G, out/G, in(+1)]`` for a grouped convolution.
     """
-    groups = getattr(module, "groups", 1)
     matrix = weight.reshape(weight.shape[0], -1)
     if bias is not None:
         matrix = torch.cat([matrix, bias.unsqueeze(1)], dim=1)
@@ -77,13 +76,13 @@ def weight_matrix(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def split_weight_matrix(
-    module: nn.Module, matrix: Tensor, *, has_bias: bool
+    matrix: Tensor, shape: torch.Size, *, has_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Undo `weight_matrix`.
 
     Args:
-        module: the layer.
         matrix: what `weight_matrix` returns.
+        shape: of the weight.
         has_bias: whether the last column belongs to the bias.
 
     Returns:
@@ -91,7 +90,6 @@ def split_weight_matrix(
     """
     if matrix.dim() == 3:
         matrix = matrix.flatten(0, 1)
-    shape = module.weight.shape
     if not has_bias:
         return matrix.reshape(shape), None
     return matrix[:, :-1].reshape(shape), matrix[:, -1]

@@ -26,39 +26,39 @@ _collectors: weakref.WeakSet[Collector] = weakref.WeakSet()
 class Collector:
     """Collects the factors of the layers whose weights it watches, while it is active."""
 
-    def __init__(self, spec: CurvatureSpec, weights: Iterable[Tensor]) -> None:
+    def __init__(self, spec: CurvatureSpec, parameters: Iterable[Tensor]) -> None:
         """Register, inactive.
 
         Args:
             spec: what to collect.
-            weights: weights of the layers to watch; of others none is collected.
+            parameters: weights and biases of the layers to watch; no others are collected.
         """
         self.spec = spec
         self.active = False
         self._watched = WeakTensorKeyDictionary()
         self._sums = WeakTensorKeyDictionary()
-        self.watch(weights)
+        self.watch(parameters)
         _collectors.add(self)
 
-    def watch(self, weights: Iterable[Tensor]) -> None:
+    def watch(self, parameters: Iterable[Tensor]) -> None:
         """Watch further layers.
 
         Args:
-            weights: their weights.
+            parameters: their weights and biases.
         """
-        for weight in weights:
-            self._watched[weight] = True
+        for parameter in parameters:
+            self._watched[parameter] = True
 
-    def watches(self, weight: Tensor) -> bool:
-        """Whether this layer is watched.
+    def watches(self, parameter: Tensor) -> bool:
+        """Whether a weight or a bias is watched.
 
         Args:
-            weight: its weight.
+            parameter: it.
 
         Returns:
             True if so.
         """
-        return weight in self._watched
+        return parameter in self._watched
 
     def takes_bias(self, module: nn.Module) -> bool:
         """Whether the curvature of a layer covers its bias.
@@ -67,9 +67,10 @@ class Collector:
             module: the layer.
 
         Returns:
-            True for a layer with a trainable bias.
+            True for a layer with a trainable bias that is watched like its weight.
         """
-        return module.bias is not None and module.bias.requires_grad
+        bias = module.bias
+        return bias is not None and bias.requires_grad and self.watches(bias)
 
     def factors(self, weight: Tensor) -> Factors | None:
         """What was collected for a layer since the last `clear`.
@@ -82,6 +83,15 @@ class Collector:
         """
         sums: LayerSums | None = self._sums.get(weight)
         return None if sums is None else sums.factors()
+
+    def collected(self) -> list[tuple[nn.Module, Factors]]:
+        """Everything collected since the last `clear`.
+
+        Returns:
+            Each layer with its factors.
+        """
+        pairs = [(sums.module, sums.factors()) for sums in self._sums.values()]
+        return [(module, factors) for module, factors in pairs if factors is not None]
 
     def absorb(self, module: nn.Module, sums: LayerSums) -> None:
         """Take over the sums of one finished backward pass.

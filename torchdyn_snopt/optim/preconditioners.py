@@ -1,0 +1,300 @@
+"""What is done with A and B: 'kfe_adam', 'kfac', 'ekfac'.
+
+Each preconditioner refreshes a layer's state from its averaged factors and turns the gradients of
+all layers into updates. All state lives in the layer's dictionary, so that it is saved and loaded
+with the optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from torchdyn_snopt.errors import CurvatureError
+from torchdyn_snopt.optim.eigenbasis import damped_inverse, follow_basis, symmetric_eigen
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchdyn_snopt.optim.layers import Layer
+
+Group = dict[str, Any]
+Report = dict[str, "Tensor | float"]
+
+# A factorization may fail this often in a row before the run is stopped.
+MAX_FAILURES = 5
+# Refreshes between full eigendecompositions; in between the basis is followed by cheap updates.
+FULL_EVERY = 20
+
+
+class Preconditioner(Protocol):
+    """How gradients become updates."""
+
+    def refresh(self, layer: Layer, group: Group) -> None:
+        """Recompute what depends on the layer's factors.
+
+        Args:
+            layer: with new A and B in its state.
+            group: its settings.
+        """
+
+    def updates(
+        self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
+    ) -> list[Tensor]:
+        """Turn gradients into updates; θ moves by −lr times these.
+
+        Args:
+            layers: refreshed at least once.
+            gradients: one matrix each.
+            group: their settings.
+            report: takes figures worth logging, by name.
+
+        Returns:
+            One matrix each.
+        """
+
+
+def guarded_refresh(preconditioner: Preconditioner, layer: Layer, group: Group) -> bool:
+    """Refresh; keep the last good state when a factorization fails.
+
+    Args:
+        preconditioner: does the work.
+        layer: to refresh.
+        group: its settings.
+
+    Returns:
+        Whether it succeeded.
+
+    Raises:
+        CurvatureError: too many failures in a row, or the first refresh failed.
+    """
+    state = layer.state
+    try:
+        preconditioner.refresh(layer, group)
+    except torch.linalg.LinAlgError as error:
+        state["failures"] = state.get("failures", 0) + 1
+        if state["failures"] >= MAX_FAILURES or not state.get("ready", False):
+            raise CurvatureError(
+                "the curvature of a layer cannot be factorized",
+                got=f"{error} in {layer.name}, {state['failures']} times in a row",
+                allowed=f"finite factors, up to {MAX_FAILURES - 1} failures in a row",
+                do="look for non-finite activations or gradients, raise damping, or use float64",
+            ) from error
+        for key in ("A", "B", "factor_weight"):
+            state.pop(key, None)
+        return False
+    state["failures"], state["ready"] = 0, True
+    return True
+
+
+class KFEAdam:
+    """Adam's moments in the Kronecker eigenbasis of the curvature.
+
+    With U_A, U_B the eigenvectors of A and B, Adam runs on U_Bᵀ G U_A. The idea of running Adam in
+    a Kronecker eigenbasis is SOAP's (Vyas et al. 2024); there the basis comes from the gradients'
+    own moments, here from the curvature of the backward solve (the KFE of George et al. 2018),
+    which is of full rank from the first batch on. When the basis turns by R = U_newᵀ U_old, the
+    first moment is rotated along, and the second one by the squares of R's entries, which is exact
+    for uncorrelated coordinates.
+    """
+
+    def refresh(self, layer: Layer, group: Group) -> None:
+        """Update the basis and rotate the moments; see `Preconditioner`.
+
+        Args:
+            layer: with new factors.
+            group: its settings.
+        """
+        state = layer.state
+        count = state.get("refreshes", 0)
+        turns = {}
+        for factor, basis in (("A", "U_A"), ("B", "U_B")):
+            old = state.get(basis)
+            if old is None or count % FULL_EVERY == 0:
+                new = symmetric_eigen(state[factor])[1].flip(-1)
+            else:
+                new = follow_basis(state[factor], old)
+            turns[basis] = None if old is None else new.mT @ old
+            state[basis] = new
+        state["refreshes"] = count + 1
+        turn_a, turn_b = turns["U_A"], turns["U_B"]
+        if "exp_avg" in state and turn_a is not None and turn_b is not None:
+            state["exp_avg"] = turn_b @ state["exp_avg"] @ turn_a.mT
+            state["exp_avg_sq"] = turn_b.square() @ state["exp_avg_sq"] @ turn_a.square().mT
+
+    def updates(
+        self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
+    ) -> list[Tensor]:
+        """Adam's update in the eigenbasis; see `Preconditioner`.
+
+        Args:
+            layers: refreshed.
+            gradients: one matrix each.
+            group: momentum is β₁, alpha is β₂, damping is Adam's ε.
+            report: takes figures worth logging.
+
+        Returns:
+            Updates.
+        """
+        beta1, beta2 = group["momentum"], group["alpha"]
+        states = [layer.state for layer in layers]
+        rotated = [
+            state["U_B"].mT @ g @ state["U_A"] for state, g in zip(states, gradients, strict=True)
+        ]
+        for state, g in zip(states, rotated, strict=True):
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
+                state["adam_step"] = 0
+            state["adam_step"] += 1
+        first = [state["exp_avg"] for state in states]
+        second = [state["exp_avg_sq"] for state in states]
+        torch._foreach_lerp_(first, rotated, 1.0 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, rotated, rotated, value=1.0 - beta2)
+        correction1 = [1.0 - beta1 ** state["adam_step"] for state in states]
+        correction2 = [(1.0 - beta2 ** state["adam_step"]) ** 0.5 for state in states]
+        scale = torch._foreach_sqrt(second)
+        torch._foreach_div_(scale, correction2)
+        torch._foreach_add_(scale, group["damping"])
+        torch._foreach_mul_(scale, correction1)
+        directions = torch._foreach_div(first, scale)
+        return [
+            state["U_B"] @ u @ state["U_A"].mT for state, u in zip(states, directions, strict=True)
+        ]
+
+
+class KFAC:
+    """(B + √λ/π)⁻¹ G (A + π√λ)⁻¹ with factored Tikhonov damping (Martens & Grosse 2015, 6.3)."""
+
+    def refresh(self, layer: Layer, group: Group) -> None:
+        """Invert the damped factors; see `Preconditioner`.
+
+        Args:
+            layer: with new factors.
+            group: damping λ (weight decay γ is added to it).
+        """
+        state = layer.state
+        a, b = state["A"], state["B"]
+        root = (group["damping"] + group["weight_decay"]) ** 0.5
+        pi = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt().clamp(1e-6, 1e6)
+        if not bool(torch.isfinite(pi).all()):
+            raise torch.linalg.LinAlgError("a factor is not finite")
+        state["A_inv"] = damped_inverse(a, root * pi)
+        state["B_inv"] = damped_inverse(b, root / pi)
+
+    def updates(
+        self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
+    ) -> list[Tensor]:
+        """B⁻¹ G A⁻¹, clipped, with momentum; see `Preconditioner`.
+
+        Args:
+            layers: refreshed.
+            gradients: one matrix each.
+            group: their settings.
+            report: takes figures worth logging.
+
+        Returns:
+            Updates.
+        """
+        natural = [
+            layer.state["B_inv"] @ g @ layer.state["A_inv"]
+            for layer, g in zip(layers, gradients, strict=True)
+        ]
+        return _clip_and_gather(layers, gradients, natural, group, report)
+
+
+class EKFAC:
+    """Algorithm 2: eigenbasis of the factors, eigenvalues re-estimated from the gradients.
+
+    The running second moments S of the gradient in the eigenbasis replace the factors' own
+    eigenvalues (George et al. 2018); G ↦ U_B [(U_Bᵀ G U_A) / (S + ε)] U_Aᵀ.
+    """
+
+    def refresh(self, layer: Layer, group: Group) -> None:
+        """Decompose the factors; see `Preconditioner`.
+
+        Args:
+            layer: with new factors.
+            group: its settings.
+        """
+        state = layer.state
+        values_a, state["U_A"] = symmetric_eigen(state["A"])
+        values_b, state["U_B"] = symmetric_eigen(state["B"])
+        # The factors' eigenvalues are the first estimate in the new basis.
+        state["S"] = values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
+
+    def updates(
+        self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
+    ) -> list[Tensor]:
+        """Precondition in the eigenbasis, clip, add momentum; see `Preconditioner`.
+
+        Args:
+            layers: refreshed.
+            gradients: one matrix each.
+            group: alpha is the decay of S, damping is ε (weight decay γ is added to it).
+            report: takes figures worth logging.
+
+        Returns:
+            Updates.
+        """
+        alpha, epsilon = group["alpha"], group["damping"] + group["weight_decay"]
+        natural = []
+        for layer, g in zip(layers, gradients, strict=True):
+            state = layer.state
+            u_a, u_b = state["U_A"], state["U_B"]
+            rotated = u_b.mT @ g @ u_a
+            state["S"].mul_(alpha).addcmul_(rotated, rotated, value=1.0 - alpha)
+            natural.append(u_b @ (rotated / (state["S"] + epsilon)) @ u_a.mT)
+        return _clip_and_gather(layers, gradients, natural, group, report)
+
+
+def _mean_eigenvalue(matrix: Tensor) -> Tensor:
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    return diagonal.mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)[..., None, None]
+
+
+def _clip_and_gather(
+    layers: list[Layer],
+    gradients: list[Tensor],
+    natural: list[Tensor],
+    group: Group,
+    report: Report,
+) -> list[Tensor]:
+    """Trust region, then heavy-ball momentum."""
+    if group["kl_clip"] is not None:
+        clip = trust_factor(gradients, natural, group["lr"], group["kl_clip"])
+        report["clip_factor"] = clip
+        natural = [u * clip for u in natural]
+    if group["momentum"] == 0.0:
+        return natural
+    for layer, u in zip(layers, natural, strict=True):
+        buffer = layer.state.get("momentum_buffer")
+        if buffer is None:
+            layer.state["momentum_buffer"] = u.clone()
+        else:
+            buffer.mul_(group["momentum"]).add_(u)
+    return [layer.state["momentum_buffer"] for layer in layers]
+
+
+def trust_factor(
+    gradients: list[Tensor], natural: list[Tensor], lr: float, kl_clip: float
+) -> Tensor:
+    """Factor ν ≤ 1 with lr² ν² Σ ⟨C⁻¹g, g⟩ ≤ kl_clip (Ba, Grosse & Martens 2017).
+
+    Args:
+        gradients: g of each layer.
+        natural: C⁻¹ g of each layer.
+        lr: learning rate.
+        kl_clip: bound on the predicted change, half of the KL divergence in its units.
+
+    Returns:
+        0-d tensor.
+    """
+    products = torch.stack(
+        [torch.sum(u * g) for u, g in zip(natural, gradients, strict=True)]
+    ).sum()
+    return (kl_clip / (lr * lr * products).clamp_min(1e-30)).sqrt().clamp_max(1.0)
+
+
+TABLE: dict[str, Preconditioner] = {"kfe_adam": KFEAdam(), "kfac": KFAC(), "ekfac": EKFAC()}

@@ -1,0 +1,160 @@
+"""SNOpt's settings: the defaults of each preconditioner as a table, and the checks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torchdyn_snopt.errors import InvalidInputError
+
+PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac", "low_rank")
+
+# What an argument left at None becomes.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "kfe_adam": {
+        "lr": 1e-2,
+        "momentum": 0.9,
+        "damping": 1e-8,
+        "update_freq": 5,
+        "alpha": 0.95,
+        "factor_decay": 0.9,
+        "kl_clip": None,
+        "fallback": "adam",
+        "weight_sharing": "reduce",
+    },
+    "kfac": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "damping": 3e-2,
+        "update_freq": 5,
+        "alpha": 0.95,
+        "factor_decay": 0.9,
+        "kl_clip": 1e-3,
+        "fallback": "sgd",
+        "weight_sharing": "reduce",
+    },
+    "ekfac": {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "damping": 5e-2,
+        "update_freq": 10,
+        "alpha": 0.75,
+        "factor_decay": 0.0,
+        "kl_clip": None,
+        "fallback": "sgd",
+        "weight_sharing": "reduce",
+    },
+}
+
+# Algorithms 1 and 2 with the values of the paper's experiments.
+PAPER: dict[str, Any] = {
+    "preconditioner": "ekfac",
+    "momentum": 0.0,
+    "damping": 0.05,
+    "update_freq": 100,
+    "alpha": 0.75,
+    "factor_decay": 0.0,
+    "kl_clip": None,
+    "fallback": "sgd",
+    "weight_sharing": "expand",
+}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "preconditioner": PRECONDITIONERS,
+    "curvature": ("empirical", "mc", "ggn"),
+    "weight_sharing": ("expand", "reduce"),
+    "fallback": ("sgd", "adam"),
+    "reduction": ("mean", "sum"),
+}
+
+# name: (lowest, lowest allowed, highest, highest allowed)
+_RANGES: dict[str, tuple[float, bool, float, bool]] = {
+    "lr": (0.0, True, math.inf, False),
+    "momentum": (0.0, True, 1.0, False),
+    "weight_decay": (0.0, True, math.inf, False),
+    "damping": (0.0, False, math.inf, False),
+    "alpha": (0.0, True, 1.0, False),
+    "factor_decay": (0.0, True, 1.0, False),
+    "kl_clip": (0.0, False, math.inf, False),
+}
+
+
+def resolve(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of the preconditioner and check everything.
+
+    Args:
+        settings: SNOpt's keyword arguments, None where left out.
+
+    Returns:
+        A new dictionary without None, except for kl_clip and foreach.
+
+    Raises:
+        InvalidInputError: a value outside what is allowed.
+    """
+    check_choice("preconditioner", settings["preconditioner"])
+    defaults = DEFAULTS[settings["preconditioner"]]
+    full = {k: defaults.get(k) if v is None else v for k, v in settings.items()}
+    check(full)
+    return full
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Check the settings that are present.
+
+    Args:
+        settings: names and values, e.g. a parameter group.
+
+    Raises:
+        InvalidInputError: a value outside what is allowed.
+    """
+    for name, value in settings.items():
+        if name in _CHOICES:
+            check_choice(name, value)
+        elif name in _RANGES and not (name == "kl_clip" and value is None):
+            _check_range(name, value)
+    update_freq = settings.get("update_freq", 1)
+    if not isinstance(update_freq, int) or isinstance(update_freq, bool) or update_freq < 1:
+        raise InvalidInputError(
+            "the interval between curvature refreshes is no count of steps",
+            got=f"update_freq={update_freq!r}",
+            allowed="a whole number of at least 1",
+            do="pass update_freq=5",
+        )
+
+
+def check_choice(name: str, value: object) -> None:
+    """Check one value against its choices.
+
+    Args:
+        name: of the setting.
+        value: of the setting.
+
+    Raises:
+        InvalidInputError: not among the choices.
+    """
+    allowed = _CHOICES[name]
+    if value not in allowed:
+        raise InvalidInputError(
+            f"unknown {name}",
+            got=f"{name}={value!r}",
+            allowed=", ".join(map(repr, allowed)),
+            do=f"pass {name}={allowed[0]!r}",
+        )
+
+
+def _check_range(name: str, value: object) -> None:
+    low, low_ok, high, high_ok = _RANGES[name]
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if ok:
+        assert isinstance(value, int | float)
+        ok = (value > low or (low_ok and value == low)) and (
+            value < high or (high_ok and value == high)
+        )
+    if not ok:
+        interval = f"{'[' if low_ok else '('}{low:g}, {high:g}{']' if high_ok else ')'}"
+        raise InvalidInputError(
+            f"{name} is out of range",
+            got=f"{name}={value!r}",
+            allowed=f"a number in {interval}",
+            do=f"leave {name} at its default",
+        )
