@@ -124,6 +124,13 @@ def test_a_curvature_error_says_which_layer_and_how_often():
     assert str(CurvatureError("no layer was watched")) == "no layer was watched"
 
 
+def test_a_curvature_error_puts_what_it_got_before_the_rest():
+    error = CurvatureError(
+        "the factor is not finite", got="alpha=0.75", layer="0", norms={"B": 1.0}
+    )
+    assert str(error).endswith("\n  got: alpha=0.75, layer '0', norms B=1")
+
+
 @pytest.mark.parametrize(
     "twin", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
 )

@@ -151,6 +151,7 @@ class CurvatureError(SNOptError, RuntimeError):
         layer: The name of the layer that it concerns, where there is one.
         failures: How many times in a row the factorization has failed.
         norms: The norm of each factor, by name, where they exist.
+        got: What else was met, as for `SNOptError`.
         allowed: What would have been accepted.
         do: What the reader can do about it.
 
@@ -171,14 +172,15 @@ class CurvatureError(SNOptError, RuntimeError):
         layer: str | None = None,
         failures: int = 0,
         norms: Mapping[str, float] | None = None,
+        got: str | None = None,
         allowed: str | None = None,
         do: str | None = None,
     ) -> None:
         self.layer, self.failures, self.norms = layer, failures, dict(norms or {})
-        super().__init__(what, got=self._describe(), allowed=allowed, do=do)
+        super().__init__(what, got=self._describe(got), allowed=allowed, do=do)
 
-    def _describe(self) -> str | None:
-        parts = []
+    def _describe(self, got: str | None) -> str | None:
+        parts = [] if got is None else [got]
         if self.layer is not None:
             parts.append(f"layer {self.layer!r}")
         if self.failures:
