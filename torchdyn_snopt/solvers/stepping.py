@@ -247,11 +247,17 @@ class Stepper:
         e = self._coefficients.e
         if e is None:  # unreachable: only adaptive methods come here
             return 0.0
-        scale = torch.maximum(self.y[:n].abs(), y1[:n].abs())
-        scale.mul_(self.tolerances.rtol).add_(self.tolerances.atol)
+        scale = self._scale(torch.maximum(self.y[:n].abs(), y1[:n].abs()))
         error = torch.mv(self._kt[:n], e).div_(scale)
         ratio = abs(dt) * torch.linalg.vector_norm(error).item() / math.sqrt(max(n, 1))
         return max(ratio, self.system.extra_error_ratio(dt))
+
+    def _scale(self, size: Tensor) -> Tensor:
+        """Atol + rtol·size, in place; never 0, so that an entry that stays 0 has no error."""
+        scale = size.mul_(self.tolerances.rtol).add_(self.tolerances.atol)
+        if self.tolerances.atol == 0.0:
+            scale.clamp_(min=torch.finfo(scale.dtype).tiny)
+        return scale
 
     def _accept(self, t: float, dt: float, y1: Tensor) -> None:
         self.stats.accepted += 1
@@ -274,16 +280,16 @@ class Stepper:
             raise self._error(what, t, self._dt, self.y if finite else y1)
 
     def _count_step(self, t: float, dt: float) -> None:
-        self._steps += 1
         limit = self.tolerances.max_steps
-        if self._steps > limit and self.tableau.adaptive:
+        if self._steps >= limit and self.tableau.adaptive:
             raise self._error(f"the solve needs more than max_steps={limit} steps", t, dt, self.y)
+        self._steps += 1
 
     def _first_step(self, t: float, t_end: float) -> float:
         span = abs(t_end - t)
         n = self.controlled
         y, k0 = self.y[:n], self.first_stage(t)[:n]
-        scale = y.abs().mul_(self.tolerances.rtol).add_(self.tolerances.atol)
+        scale = self._scale(y.abs())
         root = math.sqrt(max(n, 1))
         norms = torch.stack(
             [torch.linalg.vector_norm(y / scale), torch.linalg.vector_norm(k0 / scale)]
