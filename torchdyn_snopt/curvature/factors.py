@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor  # noqa: TC002 (NamedTuple reads it at run time)
 
-from torchdyn_snopt.curvature.layers import WeightSharing, gradient_rows, input_rows
+from torchdyn_snopt.curvature.layers import (
+    WeightSharing,
+    gradient_rows,
+    in_weight_order,
+    input_rows,
+)
 from torchdyn_snopt.curvature.moments import Moment
 from torchdyn_snopt.errors import InvalidInputError
 
@@ -121,8 +126,7 @@ class LayerSums:
             Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
         """
         inputs = [
-            input_rows(self.module, use.z, batch, self.spec.weight_sharing, bias=self.bias)
-            for use in uses
+            input_rows(self.module, use.z, batch, self.spec.weight_sharing) for use in uses
         ]
         gradients = [self._gradients(use.g, batch) for use in uses if use.g is not None]
         self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
@@ -134,7 +138,7 @@ class LayerSums:
             z_rows = [_total([z * s for z, s in zip(z_rows, shares, strict=True)])]
             gradients = [_total(gradients)] if gradients else []
         for z in z_rows:
-            self._a = self._a or Moment(z)
+            self._a = self._a or Moment(z, one=self.bias)
             self._a.add(z, weight)
         for g in gradients:
             self._b = self._b or Moment(g)
@@ -188,8 +192,9 @@ class LayerSums:
         scale = 1.0
         if self.spec.curvature == "empirical":
             scale = self._samples / self._sample_time
+        a = in_weight_order(self.module, self._a.full() / self._samples)
         return Factors(
-            self._a.full() / self._samples,
+            a,
             self._b.full() * (multiplier / (self._samples * positions)),
             scale,
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -95,42 +96,56 @@ def split_weight_matrix(
     return matrix[:, :-1].reshape(shape), matrix[:, -1]
 
 
-def input_rows(
-    module: nn.Module, z: Tensor, batch: int, sharing: WeightSharing, *, bias: bool
-) -> Rows:
-    """Rows for the factor A.
+def input_rows(module: nn.Module, z: Tensor, batch: int, sharing: WeightSharing) -> Rows:
+    """Rows for the factor A, without the 1 of the bias.
+
+    The features of a convolution come in the order (kernel, channel), which makes the patches
+    cheap to gather; `in_weight_order` puts the finished factor right.
 
     Args:
         module: the layer.
         z: its input.
         batch: samples in the batch of the whole model.
         sharing: 'expand' or 'reduce'.
-        bias: append a 1 to each row.
 
     Returns:
         The rows, as the module's docstring says.
     """
     if isinstance(module, nn.Linear):
         rows = _linear_rows(z, batch)
-        values = rows.values
         if sharing == "reduce" and rows.positions > 1:
-            values = values.unflatten(0, (rows.samples, rows.positions)).mean(1)
+            rows.values = rows.values.unflatten(0, (rows.samples, rows.positions)).mean(1)
+        return rows
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    gather = _mean_patches if sharing == "reduce" else _patches
+    if z.dim() == 1 + _space(module):
+        z = z.unsqueeze(0)
+    values, samples, positions = gather(module, z)  # [rows, kernel, in]
+    if module.groups == 1:
+        values = values.flatten(1)
     else:
-        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        patches, samples, positions = _patches(module, z)
-        if sharing == "reduce":
-            # [N, out_locations..., G, in/G, kernel...] -> [G, N, in]
-            values = patches.mean(tuple(range(1, 1 + _space(module))))
-        else:
-            values = patches
-        values = values.flatten(-1 - _space(module)).flatten(0, -3).transpose(0, 1)
-        values = values[0] if module.groups == 1 else values
-        if values.stride(-1) != 1:
-            values = values.contiguous()
-        rows = Rows(values, *_assign(samples, positions, batch))
-    if bias:
-        values = F.pad(values, (0, 1), value=1.0)
-    return Rows(values, rows.samples, rows.positions)
+        values = values.unflatten(-1, (module.groups, -1)).permute(2, 0, 1, 3).flatten(2)
+    return Rows(values, *_assign(samples, positions, batch))
+
+
+def in_weight_order(module: nn.Module, factor: Tensor) -> Tensor:
+    """A factor A with its features in the order of the weight: (channel, kernel), then the bias.
+
+    Args:
+        module: the layer.
+        factor: moment of `input_rows`, ``[..., in(+1), in(+1)]``.
+
+    Returns:
+        The same matrix, reordered for a convolution.
+    """
+    if isinstance(module, nn.Linear):
+        return factor
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    kernel, size = math.prod(module.kernel_size), factor.shape[-1]
+    order = torch.arange(size, device=factor.device)
+    patch = module.in_channels // module.groups * kernel
+    order[:patch] = order[:patch].view(kernel, -1).t().reshape(-1)
+    return factor.index_select(-1, order).index_select(-2, order)
 
 
 def gradient_rows(module: nn.Module, g: Tensor, batch: int, sharing: WeightSharing) -> Rows:
@@ -179,45 +194,84 @@ def _assign(leading: int, positions: int, batch: int) -> tuple[int, int]:
 
 
 def _patches(module: Conv, z: Tensor) -> tuple[Tensor, int, int]:
-    """A view of the padded input: [N, out_locations..., G, in/G, kernel...]."""
+    """All patches [N·S, kernel, in]; channels innermost, so that whole runs are copied."""
     space = _space(module)
-    if z.dim() == space + 1:
-        z = z.unsqueeze(0)
     padding = _padding(module)
-    if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        z = F.pad(z, padding, mode=mode)
-    samples, channels = z.shape[:2]
-    strides = z.stride()
+    if any(map(any, padding)):
+        z = _pad(module, z, padding)
+    last = z.movedim(1, -1).contiguous()
+    strides = last.stride()
     locations = [
-        (z.shape[2 + i] - module.dilation[i] * (module.kernel_size[i] - 1) - 1) // module.stride[i]
-        + 1
+        _locations(last.shape[1 + i], module.kernel_size[i], module.stride[i], module.dilation[i])
         for i in range(space)
     ]
-    groups = module.groups
-    per_group = channels // groups
-    size = (samples, *locations, groups, per_group, *module.kernel_size)
+    size = (last.shape[0], *locations, *module.kernel_size, last.shape[-1])
     stride = (
         strides[0],
-        *(strides[2 + i] * module.stride[i] for i in range(space)),
-        strides[1] * per_group,
-        strides[1],
-        *(strides[2 + i] * module.dilation[i] for i in range(space)),
+        *(strides[1 + i] * module.stride[i] for i in range(space)),
+        *(strides[1 + i] * module.dilation[i] for i in range(space)),
+        1,
     )
-    return z.as_strided(size, stride, z.storage_offset()), samples, math.prod(locations)
+    positions, kernel = math.prod(locations), math.prod(module.kernel_size)
+    rows = last.as_strided(size, stride).reshape(last.shape[0] * positions, kernel, -1)
+    return rows, last.shape[0], positions
 
 
-def _padding(module: Conv) -> list[int]:
-    """Padding as `F.pad` takes it: last dimension first, two numbers each."""
+def _mean_patches(module: Conv, z: Tensor) -> tuple[Tensor, int, int]:
+    """The mean patch of each sample [N, kernel, in]: one product with a matrix of averages."""
+    padding = _padding(module)
+    if module.padding_mode != "zeros" and any(map(any, padding)):
+        z = _pad(module, z, padding)
+        padding = [(0, 0)] * _space(module)
+    geometry = zip(
+        z.shape[2:], module.kernel_size, module.stride, module.dilation, padding, strict=True
+    )
+    averages, positions = _averaging(tuple(geometry), z.dtype, z.device)
+    return (z.flatten(2) @ averages).mT, z.shape[0], positions
+
+
+@lru_cache(maxsize=64)
+def _averaging(
+    geometry: tuple[tuple[int, int, int, int, tuple[int, int]], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """[input locations, kernel]: how often each location meets each kernel offset, over S."""
+    averages, positions = torch.ones(1, 1, dtype=dtype), 1
+    for size, kernel, stride, dilation, (before, after) in geometry:
+        count = _locations(size + before + after, kernel, stride, dilation)
+        along = torch.zeros(size, kernel, dtype=dtype)
+        for k in range(kernel):
+            for location in range(count):
+                u = location * stride + k * dilation - before
+                if 0 <= u < size:
+                    along[u, k] += 1.0 / count
+        averages, positions = torch.kron(averages, along), positions * count
+    return averages.to(device), positions
+
+
+def _pad(module: Conv, z: Tensor, padding: list[tuple[int, int]]) -> Tensor:
+    widths = [width for pair in reversed(padding) for width in pair]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(z, widths, mode=mode)
+
+
+def _locations(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """Output locations along one dimension of padded input."""
+    return (size - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _padding(module: Conv) -> list[tuple[int, int]]:
+    """Padding before and after each dimension of space."""
     if module.padding == "valid":
-        return [0] * (2 * _space(module))
-    pairs: list[int] = []
-    for i in reversed(range(_space(module))):
+        return [(0, 0)] * _space(module)
+    pairs = []
+    for i in range(_space(module)):
         if module.padding == "same":
             total = module.dilation[i] * (module.kernel_size[i] - 1)
-            pairs += [total // 2, total - total // 2]
+            pairs.append((total // 2, total - total // 2))
         else:
             width = module.padding[i]
             assert isinstance(width, int)
-            pairs += [width, width]
+            pairs.append((width, width))
     return pairs

@@ -1,10 +1,11 @@
-"""Second moments of rows: Σ rows ⊗ rows, computed by the upper block triangle."""
+"""Second moments of rows: M = Σ w rows ⊗ rows, in few and large products."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,39 +13,79 @@ if TYPE_CHECKING:
 # Below this width one product is faster than several on half of the blocks.
 _WHOLE_UP_TO = 256
 _BLOCK = 128
+# Small matrices of rows wait until together they make one product of about this many entries.
+_GATHER = 1 << 20
 
 
 class Moment:
-    """A running weighted sum M = Σ w rowsᵀ rows, symmetric by construction.
+    """A running weighted sum of rowsᵀ rows, with a 1 appended to each row for a layer with bias.
 
-    Only the blocks on and above the diagonal are computed for wide rows; `full` mirrors them.
+    Small rows are gathered and multiplied together; of wide ones only the blocks on and above the
+    diagonal are computed. `full` completes both.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, *, one: bool = False) -> None:
         """Start at zero.
 
         Args:
             rows: ``[..., rows, d]``, for dimensions, dtype and device.
+            one: append a 1 to each row.
         """
-        d = rows.shape[-1]
-        self._sum = rows.new_zeros((*rows.shape[:-2], d, d))
+        self.width, self.one = rows.shape[-1], one
+        size = self.width + one
+        self._sum = rows.new_zeros((*rows.shape[:-2], size, size))
+        d = self.width
         self._starts = [0] if d <= _WHOLE_UP_TO else list(range(0, d, _BLOCK))
+        self._waiting: list[Tensor] = []
+        self._weights: list[float] = []
 
     def add(self, rows: Tensor, weight: float) -> None:
         """Add weight · rowsᵀ rows.
 
         Args:
-            rows: ``[..., rows, d]``.
+            rows: ``[..., rows, d]``; not to be changed afterwards.
             weight: may be negative (quadrature weights are signed).
         """
-        batched = rows.dim() == 3
-        for start, stop in zip(self._starts, [*self._starts[1:], rows.shape[-1]], strict=True):
-            target = self._sum[..., start:stop, start:]
+        if 2 * rows.numel() > _GATHER:
+            self._add_large(rows, weight)
+            return
+        if self._waiting and (
+            self._waiting[0].shape != rows.shape
+            or (len(self._waiting) + 1) * rows.numel() > _GATHER
+        ):
+            self._flush()
+        self._waiting.append(rows)
+        self._weights.append(weight)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = torch.stack(self._waiting)
+        if self.one:
+            rows = F.pad(rows, (0, 1), value=1.0)
+        weights = rows.new_tensor(self._weights).view(-1, *(1,) * (rows.dim() - 1))
+        scaled = rows * weights
+        if rows.dim() == 3:
+            self._sum.addmm_(scaled.flatten(0, 1).mT, rows.flatten(0, 1))
+        else:
+            self._sum.add_((scaled.mT @ rows).sum(0))
+        self._waiting, self._weights = [], []
+
+    def _add_large(self, rows: Tensor, weight: float) -> None:
+        batched, d = rows.dim() == 3, self.width
+        for start, stop in zip(self._starts, [*self._starts[1:], d], strict=True):
+            target = self._sum[..., start:stop, start:d]
             left, right = rows[..., start:stop].mT, rows[..., start:]
             if batched:
                 target.baddbmm_(left, right, alpha=weight)
             else:
                 target.addmm_(left, right, alpha=weight)
+        if self.one:
+            # Above the diagonal only, as the blocks; `full` mirrors it.
+            self._sum[..., :d, d].add_(rows.sum(-2), alpha=weight)
+            self._sum[..., d, d] += weight * rows.shape[-2]
+            if len(self._starts) == 1:
+                self._sum[..., d, :d].add_(rows.sum(-2), alpha=weight)
 
     def merge(self, other: Moment) -> None:
         """Add another sum of the same shape.
@@ -52,6 +93,7 @@ class Moment:
         Args:
             other: sum over other rows.
         """
+        other._flush()
         self._sum.add_(other._sum)
 
     def full(self) -> Tensor:
@@ -60,6 +102,7 @@ class Moment:
         Returns:
             ``[..., d, d]``.
         """
+        self._flush()
         if len(self._starts) == 1:
             return self._sum
         upper = torch.triu(self._sum)
