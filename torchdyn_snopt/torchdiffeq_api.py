@@ -96,9 +96,7 @@ def odeint_snopt(
     problem = Problem(
         field=field,
         times=times,
-        forward=_method(
-            field, state, t, method, rtol, atol, options, sensitivity, backward=False
-        ),
+        forward=_method(field, state, t, method, rtol, atol, options, sensitivity, backward=False),
         backward=_method(
             field,
             state,
@@ -207,7 +205,11 @@ def _method(
             do="leave them out",
         )
     if not tableau.adaptive:
-        return Method(tableau, bounded(Tolerances(), sensitivity), grid=_grid(field, state, t, options, backward))
+        return Method(
+            tableau,
+            bounded(Tolerances(), sensitivity),
+            grid=_grid(field, state, t, options, backward),
+        )
     tolerances = bounded(_tolerances(rtol, atol), sensitivity)
     if "max_num_steps" in options:
         tolerances = Tolerances(tolerances.rtol, tolerances.atol, int(options["max_num_steps"]))

@@ -20,20 +20,24 @@ from torchdyn_snopt.curvature.recording import LayerTape, PassSums, group_uses
 from torchdyn_snopt.solvers import PROBE, Step, Stepper, System, interpolate
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from torch.autograd.graph import GradientEdge
 
     from torchdyn_snopt.adjoint.forward import Trajectory
     from torchdyn_snopt.adjoint.problem import Problem
     from torchdyn_snopt.curvature.factors import Use
+    from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
 
-Uses = dict["nn.Module", "list[Use]"]
+Uses = dict["LayerModule", "list[Use]"]
 
 
 class AdjointSystem(System):
     """dx/dt = F, da/dt = −F_xᵀ a − ℓ_x on the flat state (x, a), with the sums on the side."""
 
-    def __init__(self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape) -> None:
+    def __init__(
+        self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape
+    ) -> None:
         """Set up.
 
         Args:
@@ -108,7 +112,7 @@ class AdjointSystem(System):
         records = self.tape.take() if curvature else []
         if not curvature:
             self.tape.records.clear()
-        inputs = (x, *thetas, *(record.edge for record in records))
+        inputs: list[Tensor | GradientEdge] = [x, *thetas, *(record.edge for record in records)]
         gradients = vector_jacobian(outputs, inputs, seeds)
         if out is not None:
             out[:n].view(shape).copy_(f.detach())
@@ -195,7 +199,9 @@ class AdjointSystem(System):
             if e is None or v is None:
                 continue
             after = v * -dt if total is None else total - dt * v
-            scale = torch.maximum(after.abs(), torch.zeros_like(after) if total is None else total.abs())
+            scale = torch.maximum(
+                after.abs(), torch.zeros_like(after) if total is None else total.abs()
+            )
             scale.mul_(tolerances.rtol).add_(tolerances.atol)
             squares += float((e * dt / scale).square().sum())
             count += e.numel()
@@ -221,7 +227,7 @@ def solve_backward(
     problem: Problem,
     trajectory: Trajectory,
     grad_states: Tensor,
-    wanted: dict[nn.Module, list[Collector]],
+    wanted: dict[LayerModule, list[Collector]],
     *,
     time_gradients: bool,
 ) -> Gradients:

@@ -18,17 +18,22 @@ from torchdyn_snopt.curvature.recording import LayerTape, PassSums, Record, grou
 from torchdyn_snopt.errors import SolverError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
     from torchdyn_snopt.adjoint.forward import Checkpoint, Trajectory
     from torchdyn_snopt.adjoint.problem import Problem
+    from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
 
 
 class Replay:
     """Differentiates the accepted steps of one solve."""
 
-    def __init__(self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape) -> None:
+    def __init__(
+        self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape
+    ) -> None:
         """Set up.
 
         Args:
@@ -75,7 +80,7 @@ class Replay:
     def _scaled(
         self, saved: Checkpoint, ends: tuple[Tensor, Tensor] | None
     ) -> tuple[float | Tensor, float | Tensor]:
-        """Start and length of the step; tensors that follow the segment's ends if those are given."""
+        """Start and length of the step; they follow the segment's ends if those are given."""
         if ends is None:
             return saved.t, saved.dt
         start, stop = ends
@@ -112,7 +117,7 @@ class Replay:
     def _collect(
         self,
         records: list[tuple[float, list[Record]]],
-        gradients: list[Tensor | None] | tuple[Tensor | None, ...],
+        gradients: Sequence[Tensor | None],
         dt: float,
     ) -> None:
         """The gradient at stage i is dt bᵢ g, so that B takes it with weight 1/(dt bᵢ)."""
@@ -129,7 +134,7 @@ def replay_backward(
     problem: Problem,
     trajectory: Trajectory,
     grad_states: Tensor,
-    wanted: dict[nn.Module, list[Collector]],
+    wanted: dict[LayerModule, list[Collector]],
     *,
     time_gradients: bool,
 ) -> Gradients:

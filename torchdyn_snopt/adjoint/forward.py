@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from torchdyn_snopt.adjoint.problem import Field, Method, Problem
+    from torchdyn_snopt.adjoint.problem import Field, Problem
 
 
 class Checkpoint(NamedTuple):
@@ -110,7 +110,7 @@ def solve_forward(problem: Problem, x0: Tensor) -> Trajectory:
         checkpoints.append([])
         for t in segment_times(start, stop, method.grid):
             y = stepper.advance(start, t)
-            start = t  # noqa: PLW2901
+            start = t
         states[i + 1] = y.view(x0.shape)
     return Trajectory(states, stepper.dt, checkpoints)
 

@@ -50,7 +50,7 @@ def vector_jacobian(
         return [None] * len(inputs)
     return torch.autograd.grad(
         [o for o, _ in live],
-        inputs,
+        inputs,  # type: ignore[arg-type]  # tensors and edges may be mixed
         [s for _, s in live],
         allow_unused=True,
         retain_graph=retain_graph,

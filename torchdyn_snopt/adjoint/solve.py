@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-
 def solve(problem: Problem, x0: Tensor, t: Tensor) -> Tensor:
     """Integrate, differentiably in x0, t and θ.
 
@@ -144,9 +143,7 @@ def _differentiate(
     problem.stats.backward = PhaseStats()
     checkpoint = problem.sensitivity.adjoint == "checkpoint" and problem.forward.foreign is None
     differentiate = replay_backward if checkpoint else solve_backward
-    return differentiate(
-        problem, trajectory, grad_states, wanted, time_gradients=time_gradients
-    )
+    return differentiate(problem, trajectory, grad_states, wanted, time_gradients=time_gradients)
 
 
 def _guarded(problem: Problem, run: Callable[[], Result]) -> Result | None:

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor  # noqa: TC002 (NamedTuple reads it at run time)
+from torch import Tensor
 
 from torchdyn_snopt.curvature.layers import (
     WeightSharing,
@@ -26,7 +26,7 @@ from torchdyn_snopt.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
+    from torchdyn_snopt.curvature.layers import LayerModule
 
 CurvatureKind: TypeAlias = Literal["empirical", "mc", "ggn"]
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -95,7 +95,7 @@ class Use(NamedTuple):
 class LayerSums:
     """Running sums of one layer, over evaluations and backward passes."""
 
-    def __init__(self, module: nn.Module, spec: CurvatureSpec, *, bias: bool) -> None:
+    def __init__(self, module: LayerModule, spec: CurvatureSpec, *, bias: bool) -> None:
         """Start empty.
 
         Args:
@@ -125,9 +125,7 @@ class LayerSums:
         Returns:
             Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
         """
-        inputs = [
-            input_rows(self.module, use.z, batch, self.spec.weight_sharing) for use in uses
-        ]
+        inputs = [input_rows(self.module, use.z, batch, self.spec.weight_sharing) for use in uses]
         gradients = [self._gradients(use.g, batch) for use in uses if use.g is not None]
         self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
         self._row_samples += weight * inputs[0].samples

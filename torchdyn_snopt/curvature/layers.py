@@ -17,17 +17,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WeightSharing: TypeAlias = Literal["expand", "reduce"]
 Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+LayerModule: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 SUPPORTED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -47,7 +49,7 @@ class Rows:
     positions: int
 
 
-def is_supported(module: nn.Module) -> bool:
+def is_supported(module: nn.Module) -> TypeGuard[LayerModule]:
     """Whether a Kronecker rule exists for this module.
 
     Args:
@@ -96,7 +98,7 @@ def split_weight_matrix(
     return matrix[:, :-1].reshape(shape), matrix[:, -1]
 
 
-def input_rows(module: nn.Module, z: Tensor, batch: int, sharing: WeightSharing) -> Rows:
+def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharing) -> Rows:
     """Rows for the factor A, without the 1 of the bias.
 
     The features of a convolution come in the order (kernel, channel), which makes the patches
@@ -116,7 +118,6 @@ def input_rows(module: nn.Module, z: Tensor, batch: int, sharing: WeightSharing)
         if sharing == "reduce" and rows.positions > 1:
             rows.values = rows.values.unflatten(0, (rows.samples, rows.positions)).mean(1)
         return rows
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     gather = _mean_patches if sharing == "reduce" else _patches
     if z.dim() == 1 + _space(module):
         z = z.unsqueeze(0)
@@ -128,7 +129,7 @@ def input_rows(module: nn.Module, z: Tensor, batch: int, sharing: WeightSharing)
     return Rows(values, *_assign(samples, positions, batch))
 
 
-def in_weight_order(module: nn.Module, factor: Tensor) -> Tensor:
+def in_weight_order(module: LayerModule, factor: Tensor) -> Tensor:
     """A factor A with its features in the order of the weight: (channel, kernel), then the bias.
 
     Args:
@@ -140,7 +141,6 @@ def in_weight_order(module: nn.Module, factor: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return factor
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     kernel, size = math.prod(module.kernel_size), factor.shape[-1]
     order = torch.arange(size, device=factor.device)
     patch = module.in_channels // module.groups * kernel
@@ -148,7 +148,7 @@ def in_weight_order(module: nn.Module, factor: Tensor) -> Tensor:
     return factor.index_select(-1, order).index_select(-2, order)
 
 
-def gradient_rows(module: nn.Module, g: Tensor, batch: int, sharing: WeightSharing) -> Rows:
+def gradient_rows(module: LayerModule, g: Tensor, batch: int, sharing: WeightSharing) -> Rows:
     """Rows for the factor B.
 
     Args:
@@ -166,7 +166,6 @@ def gradient_rows(module: nn.Module, g: Tensor, batch: int, sharing: WeightShari
         if sharing == "reduce" and rows.positions > 1:
             values = values.unflatten(0, (rows.samples, rows.positions)).sum(1)
         return Rows(values, rows.samples, rows.positions)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if g.dim() == _space(module) + 1:
         g = g.unsqueeze(0)
     samples, positions = g.shape[0], math.prod(g.shape[2:])
@@ -187,7 +186,7 @@ def _linear_rows(x: Tensor, batch: int) -> Rows:
 
 
 def _assign(leading: int, positions: int, batch: int) -> tuple[int, int]:
-    """Samples and positions of ``leading`` rows: a multiple of the batch, or one unbatched sample."""
+    """Samples and positions of rows: a multiple of the batch, or one unbatched sample."""
     if leading >= batch and leading % batch == 0:
         return batch, positions * (leading // batch)
     return 1, positions * leading

@@ -13,9 +13,10 @@ from torchdyn_snopt.curvature.factors import LayerSums, Use
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
+    from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
 
 _inside = threading.local()
@@ -43,7 +44,7 @@ class OutsideRecorder:
     cell, a head applied at several times); calls in different passes are different samples.
     """
 
-    def __init__(self, collector: Collector, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, collector: Collector, layers: Iterable[LayerModule]) -> None:
         """Prepare, without hooks.
 
         Args:
@@ -52,7 +53,7 @@ class OutsideRecorder:
         """
         self.collector, self.layers = collector, list(layers)
         self._handles: list[RemovableHandle] = []
-        self._uses: dict[tuple[nn.Module, int], list[Use]] = {}
+        self._uses: dict[tuple[LayerModule, int], list[Use]] = {}
 
     def start(self) -> None:
         """Hook the layers."""
@@ -69,7 +70,7 @@ class OutsideRecorder:
         """Forget the samples."""
         self._uses.clear()
 
-    def _hook(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _hook(self, layer: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
         if (
             getattr(_inside, "depth", 0)
             or not self.collector.active

@@ -13,15 +13,16 @@ from torchdyn_snopt.curvature.factors import LayerSums, Use
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
 
 
 class Record(NamedTuple):
     """One call of a layer: the layer, its input, and where its output stands in the graph."""
 
-    module: nn.Module
+    module: LayerModule
     z: Tensor
     edge: GradientEdge
 
@@ -37,7 +38,7 @@ class LayerTape:
         self.records: list[Record] = []
 
     @contextmanager
-    def watching(self, modules: Sequence[nn.Module]) -> Iterator[LayerTape]:
+    def watching(self, modules: Sequence[LayerModule]) -> Iterator[LayerTape]:
         """Hook the layers for the duration of the block.
 
         Args:
@@ -54,7 +55,7 @@ class LayerTape:
                 handle.remove()
             self.records.clear()
 
-    def _hook(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _hook(self, module: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad and torch.is_grad_enabled():
             self.records.append(Record(module, inputs[0].detach(), get_gradient_edge(output)))
 
@@ -71,7 +72,7 @@ class LayerTape:
 class PassSums:
     """The curvature of one backward pass, handed to the collectors when it has succeeded."""
 
-    def __init__(self, wanted: dict[nn.Module, list[Collector]], batch: int) -> None:
+    def __init__(self, wanted: dict[LayerModule, list[Collector]], batch: int) -> None:
         """Start empty.
 
         Args:
@@ -79,11 +80,14 @@ class PassSums:
             batch: samples in the batch.
         """
         self.wanted, self.batch = wanted, batch
-        self._sums: dict[tuple[nn.Module, Collector], LayerSums] = {}
-        self._samples: dict[tuple[nn.Module, Collector], int] = {}
+        self._sums: dict[tuple[LayerModule, Collector], LayerSums] = {}
+        self._samples: dict[tuple[LayerModule, Collector], int] = {}
 
     def add(
-        self, uses: dict[nn.Module, list[Use]], weight: float, gradient_weight: float | None = None
+        self,
+        uses: dict[LayerModule, list[Use]],
+        weight: float,
+        gradient_weight: float | None = None,
     ) -> None:
         """Add one evaluation of the field.
 
@@ -113,9 +117,9 @@ class PassSums:
             collector.absorb(module, sums)
 
 
-def group_uses(records: Sequence[Record], gradients: Sequence[Tensor | None]) -> dict[
-    nn.Module, list[Use]
-]:
+def group_uses(
+    records: Sequence[Record], gradients: Sequence[Tensor | None]
+) -> dict[LayerModule, list[Use]]:
     """Recorded calls with their gradients, by layer.
 
     Args:
@@ -125,7 +129,7 @@ def group_uses(records: Sequence[Record], gradients: Sequence[Tensor | None]) ->
     Returns:
         Uses of each layer.
     """
-    uses: dict[nn.Module, list[Use]] = {}
+    uses: dict[LayerModule, list[Use]] = {}
     for record, gradient in zip(records, gradients, strict=True):
         uses.setdefault(record.module, []).append(Use(record.z, gradient))
     return uses

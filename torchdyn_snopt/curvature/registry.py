@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from torchdyn_snopt.curvature.layers import LayerModule
+
 _collectors: weakref.WeakSet[Collector] = weakref.WeakSet()
 
 
@@ -60,7 +62,7 @@ class Collector:
         """
         return parameter in self._watched
 
-    def takes_bias(self, module: nn.Module) -> bool:
+    def takes_bias(self, module: LayerModule) -> bool:
         """Whether the curvature of a layer covers its bias.
 
         Args:
@@ -84,7 +86,7 @@ class Collector:
         sums: LayerSums | None = self._sums.get(weight)
         return None if sums is None else sums.factors()
 
-    def collected(self) -> list[tuple[nn.Module, Factors]]:
+    def collected(self) -> list[tuple[LayerModule, Factors]]:
         """Everything collected since the last `clear`.
 
         Returns:
@@ -93,7 +95,7 @@ class Collector:
         pairs = [(sums.module, sums.factors()) for sums in self._sums.values()]
         return [(module, factors) for module, factors in pairs if factors is not None]
 
-    def absorb(self, module: nn.Module, sums: LayerSums) -> None:
+    def absorb(self, module: LayerModule, sums: LayerSums) -> None:
         """Take over the sums of one finished backward pass.
 
         Args:
@@ -122,7 +124,7 @@ def active_collectors() -> list[Collector]:
 
 def wanted_layers(
     modules: Iterable[nn.Module], collectors: Iterable[Collector]
-) -> dict[nn.Module, list[Collector]]:
+) -> dict[LayerModule, list[Collector]]:
     """Layers whose curvature somebody wants.
 
     Args:
@@ -132,7 +134,7 @@ def wanted_layers(
     Returns:
         Each wanted layer with the collectors that want it; empty if none.
     """
-    wanted: dict[nn.Module, list[Collector]] = {}
+    wanted: dict[LayerModule, list[Collector]] = {}
     collectors = list(collectors)
     for module in modules:
         if is_supported(module) and module.weight.requires_grad:
@@ -166,4 +168,5 @@ def take_failed(parameters: Iterable[Tensor]) -> bool:
     """
     if not _failed:
         return False
-    return any([_failed.pop(parameter, False) for parameter in parameters])
+    failed = [_failed.pop(parameter, False) for parameter in parameters]
+    return any(failed)

@@ -67,7 +67,8 @@ def follow_basis(matrix: Tensor, basis: Tensor) -> Tensor:
         raise torch.linalg.LinAlgError("the factor is not finite")
     order = rayleigh.argsort(dim=-1, descending=True)
     image = image.take_along_dim(order.unsqueeze(-2), dim=-1)
-    return torch.linalg.qr(image).Q
+    q: Tensor = torch.linalg.qr(image).Q
+    return q
 
 
 def _double(matrix: Tensor) -> Tensor:

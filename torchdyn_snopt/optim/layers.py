@@ -99,7 +99,7 @@ class Layer:
         weight = decay * seen + (1.0 - decay)
         share = (1.0 - decay) / weight
         for key, new in (("A", factors.A), ("B", factors.B * factors.scale)):
-            new = new.float() if new.dtype in (torch.float16, torch.bfloat16) else new  # noqa: PLW2901
+            new = new.float() if new.dtype in (torch.float16, torch.bfloat16) else new
             if key in state:
                 state[key].lerp_(new, share)
             else:

@@ -173,6 +173,9 @@ class KFAC:
         Args:
             layer: with new factors.
             group: damping λ (weight decay γ is added to it).
+
+        Raises:
+            LinAlgError: a factor is not finite.
         """
         state = layer.state
         a, b = state["A"], state["B"]

@@ -22,6 +22,7 @@ from torchdyn_snopt.optim.settings import PAPER, check, resolve
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.optim.preconditioners import Report
 
 Group = dict[str, Any]
@@ -34,8 +35,8 @@ class SNOpt(Optimizer):
     On a refresh iteration the backward solve also yields the Kronecker factors A and B of each
     layer in the field (Eq. 13); in between it costs what a plain one does. Layers that a plain
     backward pass reaches are preconditioned as well when a Module is given. Parameters without
-    curvature (norms, gates, Galerkin coefficients, layers of other kinds) take the fallback; `summary`
-    and ``repr`` tell which parameter is treated how.
+    curvature (norms, gates, Galerkin coefficients, other layers) take the fallback; `summary` and
+    ``repr`` tell which parameter is treated how.
 
     Args:
         params: a Module, or what every torch optimizer takes: parameters, named parameters, groups.
@@ -109,7 +110,7 @@ class SNOpt(Optimizer):
         self._collectors: list[Collector] = []
         self._recorders: list[OutsideRecorder] = []
         self._names: dict[Tensor, str] = {}
-        self._modules: list[nn.Module] = []
+        self._modules: list[LayerModule] = []
         if isinstance(params, nn.Module):
             self._modules = [module for module in params.modules() if is_supported(module)]
             params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
@@ -117,12 +118,12 @@ class SNOpt(Optimizer):
         self.report: Report = {}
         #: Steps that were dropped because a solve failed (``on_failure='skip'``).
         self.skipped_steps = 0
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
         self._request()
 
     @classmethod
     def from_paper(cls, params: Params, lr: float, **settings: Any) -> SNOpt:
-        """Algorithms 1 and 2 with the paper's values: ε 0.05, a refresh each 100 iterations, α 0.75.
+        """Algorithms 1 and 2 with the paper's values: ε 0.05, α 0.75, a refresh each 100 steps.
 
         The paper's time grid is an option of the solve: ``SNOptSensitivity(quadrature='grid')``.
 
@@ -241,7 +242,7 @@ class SNOpt(Optimizer):
             layer.absorb(factors, group["factor_decay"])
             guarded_refresh(preconditioner, layer, group)
 
-    def _adopt(self, group: Group, module: nn.Module, bias: int | None) -> None:
+    def _adopt(self, group: Group, module: LayerModule, bias: int | None) -> None:
         """From the fallback to the preconditioner: moments of another shape are dropped."""
         if bias is not None:
             self.state[group["params"][bias]].clear()

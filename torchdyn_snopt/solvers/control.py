@@ -79,7 +79,7 @@ class PIController:
         if ratio == 0.0:
             factor = MAX_FACTOR
         else:
-            factor = SAFETY * ratio**-self._alpha * self._last_ratio**self._beta
+            factor = SAFETY * math.pow(ratio, -self._alpha) * math.pow(self._last_ratio, self._beta)
         if self._just_rejected:
             factor = min(factor, 1.0)
         self._just_rejected = False
@@ -98,7 +98,7 @@ class PIController:
         self._just_rejected = True
         if not math.isfinite(ratio):
             return MIN_FACTOR
-        return min(SAFETY, max(MIN_FACTOR, SAFETY * ratio**-self._reject))
+        return min(SAFETY, max(MIN_FACTOR, SAFETY * math.pow(ratio, -self._reject)))
 
 
 def underflows(dt: float, t: float, t_end: float) -> bool:

@@ -8,6 +8,7 @@ time integrals with the method's own weights bᵢ at no extra evaluation.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -249,7 +250,7 @@ class Stepper:
             return 0.0
         scale = self._scale(torch.maximum(self.y[:n].abs(), y1[:n].abs()))
         error = torch.mv(self._kt[:n], e).div_(scale)
-        ratio = abs(dt) * torch.linalg.vector_norm(error).item() / math.sqrt(max(n, 1))
+        ratio: float = abs(dt) * torch.linalg.vector_norm(error).item() / math.sqrt(max(n, 1))
         return max(ratio, self.system.extra_error_ratio(dt))
 
     def _scale(self, size: Tensor) -> Tensor:
@@ -339,7 +340,7 @@ def check_segments(times: Sequence[float]) -> None:
             allowed=allowed,
             do="check what the times were computed from",
         )
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(times)]
     if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
         raise InvalidInputError(
             "the times are repeated or change direction",
