@@ -5,6 +5,7 @@ Nothing here uses the package, nor a Butcher tableau.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ def reference_solve(
     x0: Tensor,
     t: Tensor,
     *,
-    steps: int = 4,
+    density: int = 4,
     cost: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Integrate by Gragg's extrapolated midpoint rule; differentiable by autograd in x0, t and θ.
@@ -32,7 +33,7 @@ def reference_solve(
         f: field F(t, x).
         x0: first state.
         t: times ``[T]``; each segment is divided into fixed fractions, so dL/dt is exact.
-        steps: steps for each segment.
+        density: steps for each unit of time, at least one for each segment.
         cost: running cost ℓ(t, x), summed over its entries.
 
     Returns:
@@ -48,6 +49,7 @@ def reference_solve(
     y = torch.cat([x0.reshape(-1), x0.new_zeros(1)])
     states = [y]
     for i in range(len(t) - 1):
+        steps = math.ceil(density * abs(float(t[i + 1] - t[i])))
         start, h = t[i], (t[i + 1] - t[i]) / steps
         for j in range(steps):
             y = _extrapolated_step(augmented, start + j * h, y, h)

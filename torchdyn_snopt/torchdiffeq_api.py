@@ -23,6 +23,9 @@ from torchdyn_snopt.solvers import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from torchdyn_snopt.adjoint.problem import ForeignSolver
+    from torchdyn_snopt.solvers import PhaseStats
+
 State = Tensor | tuple[Tensor, ...]
 
 _KNOWN_OPTIONS = ("step_size", "grid_constructor", "max_num_steps")
@@ -265,11 +268,15 @@ def _even_grid(start: float, stop: float, step: float) -> tuple[float, ...]:
 
 def _torchdiffeq_solver(
     field: Field, name: str, rtol: float, atol: float, options: dict[str, Any]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    def integrate(x0: Tensor, t: Tensor) -> Tensor:
+) -> ForeignSolver:
+    def integrate(x0: Tensor, t: Tensor, counts: PhaseStats) -> Tensor:
+        def counted(t: Tensor, x: Tensor) -> Tensor:
+            counts.nfe += 1
+            return field.func(t, x)
+
         with torch.no_grad():
             return torchdiffeq.odeint(  # type: ignore[no-any-return]
-                field.func, x0, t, rtol=rtol, atol=atol, method=name, options=options
+                counted, x0, t, rtol=rtol, atol=atol, method=name, options=options
             )
 
     return integrate

@@ -153,7 +153,7 @@ def field(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def solution() -> tuple[torch.Tensor, torch.Tensor]:
     x0 = torch.tensor([0.7, -0.3], dtype=torch.float64)
-    return x0, reference_solve(field, x0, torch.tensor([0.0, 1.0]), steps=10)[0][-1]
+    return x0, reference_solve(field, x0, torch.tensor([0.0, 1.0]), density=10)[0][-1]
 
 
 @pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=lambda t: t.name)

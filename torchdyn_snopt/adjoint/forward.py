@@ -9,7 +9,7 @@ import torch
 
 from torchdyn_snopt.adjoint.problem import segment_times
 from torchdyn_snopt.errors import InvalidInputError, SolverError
-from torchdyn_snopt.solvers import Step, Stepper, System, interpolate
+from torchdyn_snopt.solvers import PROBE, Step, Stepper, System, interpolate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,8 +63,19 @@ class ForwardSystem(System):
             t: time.
             y: state [N].
             out: row [N].
+
+        Raises:
+            InvalidInputError: the field writes into its input.
         """
+        version = None if y.is_inference() else y._version
         out.view(self.shape).copy_(self.field(t, y.view(self.shape)).detach())
+        if version is not None and y._version != version:
+            raise InvalidInputError(
+                "the field changes its input in place",
+                got="a state that the field has overwritten",
+                allowed="a field that leaves its argument as it is",
+                do="pass inplace=False to the first activation, or start with x = x.clone()",
+            )
 
     def accepted(self, step: Step) -> None:
         """Show the step to whoever watches.
@@ -91,18 +102,20 @@ def solve_forward(problem: Problem, x0: Tensor) -> Trajectory:
         return _solve_foreign(problem, x0)
     keep = problem.sensitivity.adjoint == "checkpoint"
     system = ForwardSystem(problem.field, x0.shape)
+    states = x0.new_empty(len(problem.times), *x0.shape)
+    states[0] = x0
+    y0 = x0.detach().reshape(-1)
     stepper = Stepper(
         system,
-        x0.detach().reshape(-1),
+        # A checkpoint has to survive what the caller does to x0, and must not hold the output.
+        y0.clone() if keep else y0,
         method.tableau,
         method.tolerances,
         phase="forward",
         stats=problem.stats.forward,
     )
     if method.interpolate and method.tableau.adaptive and not keep:
-        return _solve_interpolating(problem, x0, stepper, system)
-    states = x0.new_empty(len(problem.times), *x0.shape)
-    states[0] = x0
+        return _solve_interpolating(problem, states, stepper, system)
     checkpoints: list[list[Checkpoint]] = []
     if keep:
         system.on_step = lambda step: checkpoints[-1].append(Checkpoint(step.t, step.dt, step.y0))
@@ -116,12 +129,10 @@ def solve_forward(problem: Problem, x0: Tensor) -> Trajectory:
 
 
 def _solve_interpolating(
-    problem: Problem, x0: Tensor, stepper: Stepper, system: ForwardSystem
+    problem: Problem, states: Tensor, stepper: Stepper, system: ForwardSystem
 ) -> Trajectory:
     """One run over the whole interval; evaluation times are read off the steps' dense output."""
     times = problem.times
-    states = x0.new_empty(len(times), *x0.shape)
-    states[0] = x0
     direction = 1.0 if times[-1] > times[0] else -1.0
     waiting = 1
 
@@ -131,39 +142,30 @@ def _solve_interpolating(
         f1: Tensor | None = None
         while waiting < len(times) - 1 and (end - times[waiting]) * direction >= 0:
             if f1 is None:
-                f1 = _slope_at_end(system, step, end)
+                f1 = _slope_at_end(problem, system, step, end)
             s = (times[waiting] - step.t) / step.dt
-            states[waiting] = interpolate(step, f1, s).view(x0.shape)
+            states[waiting] = interpolate(step, f1, s).view(states.shape[1:])
             waiting += 1
 
     system.on_step = emit
-    states[-1] = stepper.advance(times[0], times[-1]).view(x0.shape)
+    states[-1] = stepper.advance(times[0], times[-1]).view(states.shape[1:])
     return Trajectory(states, stepper.dt)
 
 
-def _slope_at_end(system: System, step: Step, t: float) -> Tensor:
+def _slope_at_end(problem: Problem, system: System, step: Step, t: float) -> Tensor:
     if step.tableau.fsal:
         return step.k[-1]
     f1 = torch.empty_like(step.y1)
-    system.evaluate(-1, t, step.y1, f1)
+    system.evaluate(PROBE, t, step.y1, f1)
+    problem.stats.forward.nfe += 1
     return f1
 
 
 def _solve_foreign(problem: Problem, x0: Tensor) -> Trajectory:
     assert problem.forward.foreign is not None
     counts = problem.stats.forward
-    inner = problem.field.func
-
-    def counted(t: Tensor, x: Tensor) -> Tensor:
-        counts.nfe += 1
-        return inner(t, x)
-
-    problem.field.func = counted
-    try:
-        times = torch.tensor(problem.times, dtype=x0.dtype, device=x0.device)
-        states = problem.forward.foreign(x0.detach(), times)
-    finally:
-        problem.field.func = inner
+    times = torch.tensor(problem.times, dtype=x0.dtype, device=x0.device)
+    states = problem.forward.foreign(x0.detach(), times, counts)
     if states.shape != (len(problem.times), *x0.shape):
         raise InvalidInputError(
             "the solver does not return one state for each time",

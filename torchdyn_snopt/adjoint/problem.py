@@ -10,14 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
-from torchdyn_snopt.solvers import DEFAULT_MAX_STEPS, DOPRI5, SolveStats, Tableau, Tolerances
+from torchdyn_snopt.solvers import (
+    DEFAULT_MAX_STEPS,
+    DOPRI5,
+    PhaseStats,
+    SolveStats,
+    Tableau,
+    Tolerances,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 FieldCallable: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-# A solver that is not ours: integrates over all times without gradients, [T, *x.shape].
-ForeignSolver: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# A solver that is not ours: from x0 and all times to the states [T, *x.shape], without gradients;
+# it counts its field evaluations.
+ForeignSolver: TypeAlias = Callable[[Tensor, Tensor, PhaseStats], Tensor]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "adjoint": ("backsolve", "checkpoint"),
@@ -163,7 +171,7 @@ class Method:
 
     Attributes:
         tableau: the Runge–Kutta method.
-        tolerances: for an adaptive method; its max_steps also bounds fixed steps.
+        tolerances: for an adaptive method.
         foreign: a solver that is not ours and replaces the tableau (forward only), or None.
         grid: times of the fixed steps, containing all evaluation times; None: those themselves.
         interpolate: evaluation times inside a step are interpolated rather than stepped to.

@@ -92,9 +92,12 @@ class _Solve(Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, x0: Tensor, t: Tensor, *parameters: Tensor) -> Tensor:
+        stats = problem.stats
+        stats.forward, stats.backward, stats.status = PhaseStats(), PhaseStats(), "running"
         trajectory = _guarded(problem, lambda: solve_forward(problem, x0))
+        ctx.failed = trajectory is None
         if trajectory is None:
-            problem.stats.t1 = problem.times[-1]
+            stats.t1 = problem.times[-1]
             nan = x0.new_full((len(problem.times), *x0.shape), float("nan"))
             trajectory = Trajectory(nan)
         ctx.problem, ctx.dt, ctx.checkpoints = problem, trajectory.dt, trajectory.checkpoints
@@ -116,13 +119,12 @@ class _Solve(Function):
         problem: Problem = ctx.problem
         states, *parameters = ctx.saved_tensors
         if problem.save is not None:
-            kept = grad_states
-            grad_states = torch.zeros_like(states)
-            grad_states[list(problem.save)] = kept
+            indices = torch.tensor(problem.save, device=states.device)
+            grad_states = torch.zeros_like(states).index_add_(0, indices, grad_states)
         trajectory = Trajectory(states, ctx.dt, ctx.checkpoints)
         wants_times = ctx.needs_input_grad[2]
         gradients = None
-        if problem.stats.status == "ok":
+        if not ctx.failed:
             gradients = _guarded(
                 problem, lambda: _differentiate(problem, trajectory, grad_states, wants_times)
             )
