@@ -1,6 +1,7 @@
 """Second-order training for neural ODEs in torchdyn (Liu, Chen & Theodorou, NeurIPS 2021)."""
 
 from torchdyn_snopt.adjoint.problem import SNOptSensitivity
+from torchdyn_snopt.curvature.record import record_curvature
 from torchdyn_snopt.errors import (
     CurvatureError,
     InvalidInputError,
@@ -25,6 +26,7 @@ __all__ = [
     "SolverError",
     "UnsupportedError",
     "odeint_snopt",
+    "record_curvature",
     "register",
     "solve_stats",
     "unregister",
