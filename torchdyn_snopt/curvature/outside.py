@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from torchdyn_snopt.curvature.factors import LayerSums, Use
 
@@ -41,7 +43,8 @@ class OutsideRecorder:
     """Hooks on layers, alive between `start` and `stop`; samples are kept until `deliver`.
 
     Calls of a layer within one backward pass are further positions of its samples (a recurrent
-    cell, a head applied at several times); calls in different passes are different samples.
+    cell, a head applied at several times); calls in different passes, or with batches of another
+    size, are different samples. A layer that is given its input by keyword is not recorded.
     """
 
     def __init__(self, collector: Collector, layers: Iterable[LayerModule]) -> None:
@@ -53,46 +56,95 @@ class OutsideRecorder:
         """
         self.collector, self.layers = collector, list(layers)
         self._handles: list[RemovableHandle] = []
-        self._uses: dict[tuple[LayerModule, int], list[Use]] = {}
+        # By layer, backward pass and batch size.
+        self._uses: dict[tuple[LayerModule, int, int], list[Use]] = {}
+        weakref.finalize(self, _remove, self._handles).atexit = False
 
     def start(self) -> None:
         """Hook the layers."""
         if not self._handles:
-            self._handles = [layer.register_forward_hook(self._hook) for layer in self.layers]
+            hook = _Hook(self)
+            self._handles += [layer.register_forward_hook(hook) for layer in self.layers]
 
     def stop(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
 
     def clear(self) -> None:
         """Forget the samples."""
         self._uses.clear()
 
-    def _hook(self, layer: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def watch_call(self, layer: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the input of a call, and the gradient of its output as soon as there is one.
+
+        Args:
+            layer: it.
+            inputs: its positional arguments.
+            output: what it returned.
+        """
         if (
             getattr(_inside, "depth", 0)
-            or not self.collector.active
+            or not inputs
             or not torch.is_grad_enabled()
             or not output.requires_grad
         ):
             return
-        z = inputs[0].detach()
-        uses = self._uses
+        z, owner = inputs[0].detach(), weakref.ref(self)
 
         def keep(g: Tensor) -> None:
-            key = (layer, torch._C._current_graph_task_id())
-            uses.setdefault(key, []).append(Use(z, g.detach()))
+            recorder = owner()
+            if recorder is not None:
+                recorder._keep(layer, Use(z, g.detach()))
 
         output.register_hook(keep)
 
+    def _keep(self, layer: LayerModule, use: Use) -> None:
+        samples = _samples(layer, use.z)
+        # A graph may outlive the iteration that it was recorded in.
+        if self.collector.active and samples:
+            key = (layer, torch._C._current_graph_task_id(), samples)
+            self._uses.setdefault(key, []).append(use)
+
     def deliver(self) -> None:
         """Hand everything to the collector."""
-        for (layer, _), uses in self._uses.items():
+        for (layer, _, batch), uses in self._uses.items():
             sums = LayerSums(layer, self.collector.spec, bias=self.collector.takes_bias(layer))
-            batch = uses[0].z.shape[0]
             samples = sums.add(uses, batch, 1.0)
             sums.close(samples, batch, 1.0)
             self.collector.absorb(layer, sums)
         self._uses.clear()
+
+
+class _Hook:
+    """Forward hook that keeps nothing alive.
+
+    A copied or unpickled model brings its hooks along: those belong to nobody, and remove
+    themselves when they are first called.
+    """
+
+    def __init__(self, recorder: OutsideRecorder | None = None) -> None:
+        self._recorder = None if recorder is None else weakref.ref(recorder)
+
+    def __call__(self, layer: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
+        recorder = None if self._recorder is None else self._recorder()
+        if recorder is not None:
+            recorder.watch_call(layer, inputs, output)
+            return
+        hooks = layer._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _samples(layer: LayerModule, z: Tensor) -> int:
+    """Samples in a layer's input: 1 without a batch dimension."""
+    unbatched = 1 if isinstance(layer, nn.Linear) else 1 + len(layer.kernel_size)
+    return 1 if z.dim() == unbatched else z.shape[0]
