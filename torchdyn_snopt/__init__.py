@@ -1,6 +1,9 @@
 """Second-order training for neural ODEs in torchdyn (Liu, Chen & Theodorou, NeurIPS 2021)."""
 
+from torchdyn_snopt.adjoint.low_rank import low_rank_adjoint
 from torchdyn_snopt.adjoint.problem import SNOptSensitivity
+from torchdyn_snopt.adjoint.recursive import recursive_adjoint
+from torchdyn_snopt.adjoint.second_order import second_order_adjoint
 from torchdyn_snopt.curvature.record import record_curvature
 from torchdyn_snopt.errors import (
     CurvatureError,
@@ -25,9 +28,12 @@ __all__ = [
     "SolveStats",
     "SolverError",
     "UnsupportedError",
+    "low_rank_adjoint",
     "odeint_snopt",
     "record_curvature",
+    "recursive_adjoint",
     "register",
+    "second_order_adjoint",
     "solve_stats",
     "unregister",
 ]

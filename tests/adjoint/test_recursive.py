@@ -1,0 +1,86 @@
+"""The recursive adjoint: right at tight tolerances, costly, and worse where the field contracts."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torchdiffeq
+
+from tests.adjoint.theory import Timed, Timeless, blocks, dense_reference, relative
+from torchdyn_snopt.adjoint.recursive import recursive_adjoint
+from torchdyn_snopt.adjoint.second_order import second_order_adjoint
+from torchdyn_snopt.solvers import SolveStats
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def quartic(x):
+    return ((x - 0.5) ** 4).reshape(-1, 2).sum(1).mean()
+
+
+def cost(t, x, u):
+    return 0.1 * (1 + t) * (x**2).sum() * (u[0] ** 2).sum()
+
+
+@pytest.mark.parametrize(("timed", "with_cost"), [(False, False), (True, True)])
+def test_it_gives_the_hessian(timed, with_cost):
+    field, x0 = (Timed if timed else Timeless)(2, 2), torch.randn(2, 2)
+    running = cost if with_cost else None
+    dense = dense_reference(field, x0, 1.0, quartic, running)
+    result = recursive_adjoint(
+        field, x0, (0.0, 1.0), quartic, running_cost=running, method="dopri8", rtol=1e-6, atol=1e-7
+    )
+    xx, xu, uu = blocks(dense.hessian, 2, 2)
+    assert relative(result.Qu, dense.gradient[4:]) < 1e-5
+    assert relative(result.Qxx, xx) < 1e-5
+    assert relative(result.Qxu, xu) < 1e-5
+    assert relative(result.Quu, uu) < 1e-5
+
+
+def test_without_a_batch():
+    field, x0 = Timeless(2, 2), torch.randn(2)
+    dense = dense_reference(field, x0, 1.0, quartic)
+    result = recursive_adjoint(
+        field, x0, (0.0, 1.0), quartic, method="dopri8", rtol=1e-6, atol=1e-7
+    )
+    assert relative(result.Qxx, dense.hessian[:2, :2]) < 1e-5
+    assert relative(result.Quu, dense.hessian[2:, 2:]) < 1e-5
+
+
+def test_it_needs_two_solves_for_each_row():
+    field, stats = Timeless(2, 2), SolveStats()
+    recursive_adjoint(field, torch.randn(2), (0.0, 1.0), quartic, method="rk4", stats=stats)
+    n = sum(p.numel() for p in field.parameters())
+    # One for the gradient; for each row the adjoint's adjoint and the adjoint of the forward solve.
+    assert stats.nfe_backward == 4 * (1 + 2 * (n + 2))
+    assert stats.nfe_forward == 4
+
+
+def test_an_adams_method_of_torchdiffeq_can_be_passed():
+    field, x0 = Timeless(2, 2), torch.randn(2)
+    adams = functools.partial(
+        torchdiffeq.odeint, method="implicit_adams", options={"step_size": 0.05}, rtol=1e-9
+    )
+    result = recursive_adjoint(field, x0, (0.0, 1.0), quartic, method=adams)
+    dense = dense_reference(field, x0, 1.0, quartic)
+    assert relative(result.Quu, dense.hessian[2:, 2:]) < 1e-3
+
+
+def test_where_the_field_contracts_theorem_1_is_100_times_closer_at_loose_tolerance():
+    """The recursion follows a reconstruction of x back into the expanding direction of time."""
+    torch.manual_seed(0)
+    inner = Timeless(2, 2)
+
+    def contracting(t, x):
+        return inner(t, x) - 5.0 * x
+
+    x0, u = torch.randn(2), tuple(inner.parameters())
+    solve = functools.partial(second_order_adjoint, exact=True)
+    truth = solve(contracting, x0, (0.0, 3.0), quartic, u, rtol=1e-9, atol=1e-11)
+    loose = {"rtol": 1e-3, "atol": 1e-3}
+    ours = solve(contracting, x0, (0.0, 3.0), quartic, u, **loose)
+    theirs = recursive_adjoint(contracting, x0, (0.0, 3.0), quartic, u, **loose)
+    assert relative(ours.Quu, truth.Quu) < 5e-3
+    assert relative(theirs.Quu, truth.Quu) > 100 * relative(ours.Quu, truth.Quu)
