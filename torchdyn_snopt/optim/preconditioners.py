@@ -32,7 +32,7 @@ class Preconditioner(Protocol):
     """How gradients become updates."""
 
     def refresh(self, layer: Layer, group: Group) -> None:
-        """Recompute what depends on the layer's factors.
+        """Recompute what depends on the layer's factors, or raise and leave all as it was.
 
         Args:
             layer: with new A and B in its state.
@@ -74,15 +74,18 @@ def guarded_refresh(preconditioner: Preconditioner, layer: Layer, group: Group) 
         preconditioner.refresh(layer, group)
     except torch.linalg.LinAlgError as error:
         state["failures"] = state.get("failures", 0) + 1
+        norms = {key: float(torch.linalg.vector_norm(state.pop(key))) for key in ("A", "B")}
+        del state["factor_weight"]
         if state["failures"] >= MAX_FAILURES or not state.get("ready", False):
             raise CurvatureError(
                 "the curvature of a layer cannot be factorized",
-                got=f"{error} in {layer.name}, {state['failures']} times in a row",
+                layer=layer.name,
+                failures=state["failures"],
+                norms=norms,
+                got=str(error),
                 allowed=f"finite factors, up to {MAX_FAILURES - 1} failures in a row",
                 do="look for non-finite activations or gradients, raise damping, or use float64",
             ) from error
-        for key in ("A", "B", "factor_weight"):
-            state.pop(key, None)
         return False
     state["failures"], state["ready"] = 0, True
     return True
@@ -108,7 +111,7 @@ class KFEAdam:
         """
         state = layer.state
         count = state.get("refreshes", 0)
-        turns = {}
+        turns, bases = {}, {}
         for factor, basis in (("A", "U_A"), ("B", "U_B")):
             old = state.get(basis)
             if old is None or count % FULL_EVERY == 0:
@@ -116,8 +119,8 @@ class KFEAdam:
             else:
                 new = follow_basis(state[factor], old)
             turns[basis] = None if old is None else new.mT @ old
-            state[basis] = new
-        state["refreshes"] = count + 1
+            bases[basis] = new
+        state.update(bases, refreshes=count + 1)
         turn_a, turn_b = turns["U_A"], turns["U_B"]
         if "exp_avg" in state and turn_a is not None and turn_b is not None:
             state["exp_avg"] = turn_b @ state["exp_avg"] @ turn_a.mT
@@ -183,8 +186,8 @@ class KFAC:
         pi = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt().clamp(1e-6, 1e6)
         if not bool(torch.isfinite(pi).all()):
             raise torch.linalg.LinAlgError("a factor is not finite")
-        state["A_inv"] = damped_inverse(a, root * pi)
-        state["B_inv"] = damped_inverse(b, root / pi)
+        a_inv, b_inv = damped_inverse(a, root * pi), damped_inverse(b, root / pi)
+        state["A_inv"], state["B_inv"] = a_inv, b_inv
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
@@ -222,8 +225,9 @@ class EKFAC:
             group: its settings.
         """
         state = layer.state
-        values_a, state["U_A"] = symmetric_eigen(state["A"])
-        values_b, state["U_B"] = symmetric_eigen(state["B"])
+        values_a, vectors_a = symmetric_eigen(state["A"])
+        values_b, vectors_b = symmetric_eigen(state["B"])
+        state["U_A"], state["U_B"] = vectors_a, vectors_b
         # The factors' eigenvalues are the first estimate in the new basis.
         state["S"] = values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
 
