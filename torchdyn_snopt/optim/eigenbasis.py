@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# By how much rounding may lift an inverse above its bound.
+SLACK = 1e-2
+
 
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending, clamped at 0) and eigenvectors; float64 after a failure.
@@ -28,7 +31,7 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped_inverse(matrix: Tensor, damping: Tensor) -> Tensor:
-    """(M + damping·I)⁻¹ by Cholesky; by eigenvalues clamped at 0 where M is indefinite.
+    """(M + damping·I)⁻¹ by Cholesky; by eigenvalues clamped at 0 where M is clearly indefinite.
 
     Args:
         matrix: symmetric ``[..., d, d]``.
@@ -36,14 +39,15 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> Tensor:
 
     Returns:
         The inverse ``[..., d, d]``.
-
-    Raises:
-        torch.linalg.LinAlgError: the matrix is not finite.
     """
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     root, info = torch.linalg.cholesky_ex(matrix + damping * eye)
     if not bool(info.any()):
-        return torch.cholesky_inverse(root)
+        inverse = torch.cholesky_inverse(root)
+        # No entry exceeds 1/damping unless M is indefinite (or not finite, which fails below).
+        bound = (1.0 + SLACK) / damping.squeeze(-1)
+        if bool((inverse.diagonal(dim1=-2, dim2=-1) <= bound).all()):
+            return inverse
     values, vectors = symmetric_eigen(matrix)
     return (vectors / (values.unsqueeze(-2) + damping)) @ vectors.mT
 
