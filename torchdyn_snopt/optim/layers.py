@@ -75,7 +75,7 @@ class Layer:
         return gradient
 
     def apply(self, update: Tensor, lr: float) -> None:
-        """θ ← θ − lr · update.
+        """θ ← θ − lr · update, except for what is frozen or has no gradient.
 
         Args:
             update: as `matrix`.
@@ -83,9 +83,9 @@ class Layer:
         """
         shape, has_bias = self.weight.shape, self.bias is not None
         weight, bias = split_weight_matrix(update, shape, has_bias=has_bias)
-        self.weight.add_(weight.to(self.weight.dtype), alpha=-lr)
-        if self.bias is not None and bias is not None:
-            self.bias.add_(bias.to(self.bias.dtype), alpha=-lr)
+        for p, part in ((self.weight, weight), (self.bias, bias)):
+            if p is not None and part is not None and p.requires_grad and p.grad is not None:
+                p.add_(part.to(p.dtype), alpha=-lr)
 
     def absorb(self, factors: Factors, decay: float) -> None:
         """Take new factors into the exponential average kept in the state.

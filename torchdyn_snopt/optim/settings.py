@@ -75,7 +75,7 @@ _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "damping": (0.0, False, math.inf, False),
     "alpha": (0.0, True, 1.0, False),
     "factor_decay": (0.0, True, 1.0, False),
-    "kl_clip": (0.0, False, math.inf, False),
+    "kl_clip": (0.0, False, math.inf, True),
 }
 
 
@@ -86,15 +86,14 @@ def resolve(settings: dict[str, Any]) -> dict[str, Any]:
         settings: SNOpt's keyword arguments, None where left out.
 
     Returns:
-        A new dictionary without None, except for kl_clip and foreach.
-
-    Raises:
-        InvalidInputError: a value outside what is allowed.
+        A new dictionary without None, except for kl_clip (no trust region) and foreach.
     """
     check_choice("preconditioner", settings["preconditioner"])
     defaults = DEFAULTS[settings["preconditioner"]]
     full = {k: defaults.get(k) if v is None else v for k, v in settings.items()}
     check(full)
+    if full["kl_clip"] == math.inf:
+        full["kl_clip"] = None
     return full
 
 
@@ -144,7 +143,7 @@ def check_choice(name: str, value: object) -> None:
 
 def _check_range(name: str, value: object) -> None:
     low, low_ok, high, high_ok = _RANGES[name]
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
     if ok:
         assert isinstance(value, int | float)
         ok = (value > low or (low_ok and value == low)) and (

@@ -17,7 +17,7 @@ from torchdyn_snopt.errors import UnsupportedError
 from torchdyn_snopt.optim import fallback as fallbacks
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.preconditioners import TABLE, guarded_refresh
-from torchdyn_snopt.optim.settings import PAPER, check, resolve
+from torchdyn_snopt.optim.settings import PAPER, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ class SNOpt(Optimizer):
         curvature: seeds of the terminal curvature: 'empirical' (Φ_x of each sample, the paper's
             choice), 'mc' or 'ggn' (seeds of this package's losses, Proposition 2).
         weight_sharing: 'expand' or 'reduce' over positions (Eschenhagen et al. 2023).
-        kl_clip: trust region of 'kfac' and 'ekfac', or None.
+        kl_clip: trust region of 'kfac' and 'ekfac'; ``math.inf`` for none.
         fallback: 'sgd' or 'adam' for parameters without curvature.
         reduction: how the loss combines samples, 'mean' or 'sum'.
         maximize: ascend.
@@ -87,39 +87,37 @@ class SNOpt(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        defaults = resolve(
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "damping": damping,
-                "update_freq": update_freq,
-                "alpha": alpha,
-                "factor_decay": factor_decay,
-                "preconditioner": preconditioner,
-                "curvature": curvature,
-                "weight_sharing": weight_sharing,
-                "kl_clip": kl_clip,
-                "fallback": fallback,
-                "reduction": reduction,
-                "maximize": maximize,
-                "foreach": foreach,
-            }
-        )
-        defaults["step"] = 0
+        # None where left out: a group with another preconditioner takes the defaults of that one.
+        self._settings: Group = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "update_freq": update_freq,
+            "alpha": alpha,
+            "factor_decay": factor_decay,
+            "preconditioner": preconditioner,
+            "curvature": curvature,
+            "weight_sharing": weight_sharing,
+            "kl_clip": kl_clip,
+            "fallback": fallback,
+            "reduction": reduction,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
         self._collectors: list[Collector] = []
         self._recorders: list[OutsideRecorder] = []
         self._names: dict[Tensor, str] = {}
         self._modules: list[LayerModule] = []
         if isinstance(params, nn.Module):
             self._modules = [module for module in params.modules() if is_supported(module)]
-            params = [(name, p) for name, p in params.named_parameters() if p.requires_grad]
+            self._names = {p: name for name, p in params.named_parameters()}
+            params = [p for p in self._names if p.requires_grad]
         #: Figures of the last step worth logging, e.g. the trust region's factor.
         self.report: Report = {}
         #: Steps that were dropped because a solve failed (``on_failure='skip'``).
         self.skipped_steps = 0
-        super().__init__(params, defaults)
-        self._request()
+        super().__init__(params, {**resolve(self._settings), "step": 0})
 
     @classmethod
     def from_paper(cls, params: Params, lr: float, **settings: Any) -> SNOpt:
@@ -146,36 +144,30 @@ class SNOpt(Optimizer):
         Raises:
             UnsupportedError: a complex parameter.
         """
-        super().add_param_group(param_group)
+        own = {name: value for name, value in param_group.items() if name in self._settings}
+        super().add_param_group({**param_group, **resolve({**self._settings, **own})})
         group = self.param_groups[-1]
-        check(group)
+        refused = next((p for p in group["params"] if p.is_complex()), None)
+        if refused is not None:
+            self.param_groups.pop()
+            raise UnsupportedError(
+                "complex parameters are not supported",
+                got=f"a parameter of {refused.dtype}",
+                allowed="floating-point parameters",
+                do="use torch.view_as_real",
+            )
         for i, p in enumerate(group["params"]):
-            if p.is_complex():
-                raise UnsupportedError(
-                    "complex parameters are not supported",
-                    got=f"a parameter of {p.dtype}",
-                    allowed="floating-point parameters",
-                    do="use torch.view_as_real",
-                )
-            names = group.get("param_names")
-            self._names[p] = names[i] if names else f"group {len(self.param_groups) - 1}, #{i}"
+            name = f"group {len(self.param_groups) - 1}, #{i}"
+            self._names.setdefault(p, group["param_names"][i] if "param_names" in group else name)
         self._watch(group)
 
     def _watch(self, group: Group) -> None:
-        spec = CurvatureSpec(group["curvature"], group["weight_sharing"], group["reduction"])
-        collector = Collector(spec, group["params"])
+        collector = Collector(_spec(group), group["params"])
         layers = [module for module in self._modules if collector.watches(module.weight)]
+        recorder = OutsideRecorder(collector, layers)
         self._collectors.append(collector)
-        self._recorders.append(OutsideRecorder(collector, layers))
-
-    def _request(self) -> None:
-        """Ask for curvature from the next backward pass where it is due."""
-        for group, collector, recorder in self._groups():
-            collector.active = group["step"] % group["update_freq"] == 0
-            if collector.active:
-                recorder.start()
-            else:
-                recorder.stop()
+        self._recorders.append(recorder)
+        _request(group, collector, recorder)
 
     def _groups(self) -> Iterable[tuple[Group, Collector, OutsideRecorder]]:
         return zip(self.param_groups, self._collectors, self._recorders, strict=True)
@@ -227,7 +219,7 @@ class SNOpt(Optimizer):
                 collector.clear()
             self._move(group)
             group["step"] += 1
-        self._request()
+            _request(group, collector, recorder)
         return loss
 
     def _refresh(self, group: Group, collector: Collector) -> None:
@@ -235,15 +227,15 @@ class SNOpt(Optimizer):
         position = {id(p): i for i, p in enumerate(group["params"])}
         for module, factors in collector.collected():
             state = self.state[module.weight]
-            if "groups" not in state:
-                bias = position[id(module.bias)] if collector.takes_bias(module) else None
+            bias = position[id(module.bias)] if collector.takes_bias(module) else None
+            if not state.get("ready", False) or state["bias"] != bias:
                 self._adopt(group, module, bias)
             layer = self._layer(group, module.weight)
             layer.absorb(factors, group["factor_decay"])
             guarded_refresh(preconditioner, layer, group)
 
     def _adopt(self, group: Group, module: LayerModule, bias: int | None) -> None:
-        """From the fallback to the preconditioner: moments of another shape are dropped."""
+        """Start afresh, from the fallback or with(out) the bias: moments change their shape."""
         if bias is not None:
             self.state[group["params"][bias]].clear()
         state = self.state[module.weight]
@@ -263,7 +255,8 @@ class SNOpt(Optimizer):
         layers = [layer for layer in layers if layer.has_gradient()]
         sign = -1.0 if group["maximize"] else 1.0
         singly = group["foreach"] is False
-        for some in _batches(layers, singly):
+        # A trust region is one for all layers.
+        for some in _batches(layers, singly and group["kl_clip"] is None):
             gradients = [layer.gradient(group["weight_decay"], sign) for layer in some]
             preconditioner = TABLE[group["preconditioner"]]
             updates = preconditioner.updates(some, gradients, group, self.report)
@@ -285,12 +278,11 @@ class SNOpt(Optimizer):
             Pairs of the parameter's name and 'kfe_adam', 'kfac', …, or 'adam (fallback)'.
         """
         rows = []
-        for group in self.param_groups:
-            treated = {id(m.weight): m for m in self._modules}
+        for group, collector, recorder in self._groups():
             covered = {id(p) for layer in self._layers(group) for p in (layer.weight, layer.bias)}
-            covered |= {
-                id(p) for m in treated.values() for p in (m.weight, m.bias) if p is not None
-            }
+            for module in recorder.layers:
+                biases = [module.bias] if collector.takes_bias(module) else []
+                covered |= {id(p) for p in (module.weight, *biases)}
             for p in group["params"]:
                 known = id(p) in covered
                 how = group["preconditioner"] if known else f"{group['fallback']} (fallback)"
@@ -317,19 +309,33 @@ class SNOpt(Optimizer):
             for key, value in saved.get(i, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(device=p.device, copy=True)
-        self._forget()
-        self._request()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_names": self._names, "_modules": self._modules}
-        return {**super().__getstate__(), **own, "skipped_steps": self.skipped_steps}
+        own = ("_settings", "_names", "_modules", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # Also the last act of torch's load_state_dict, on an optimizer with hooks of its own.
+        for recorder in getattr(self, "_recorders", []):
+            recorder.stop()
         super().__setstate__(state)
         self._collectors, self._recorders, self.report = [], [], {}
         for group in self.param_groups:
             self._watch(group)
-        self._request()
+
+
+def _spec(group: Group) -> CurvatureSpec:
+    return CurvatureSpec(group["curvature"], group["weight_sharing"], group["reduction"])
+
+
+def _request(group: Group, collector: Collector, recorder: OutsideRecorder) -> None:
+    """Ask for curvature from the next backward pass if it is due."""
+    collector.active = group["step"] % group["update_freq"] == 0
+    if collector.active:
+        collector.spec = _spec(group)
+        recorder.start()
+    else:
+        recorder.stop()
 
 
 def _gradient(p: Tensor, weight_decay: float, sign: float) -> Tensor:
