@@ -115,8 +115,8 @@ def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharin
     """
     if isinstance(module, nn.Linear):
         rows = _linear_rows(z, batch)
-        if sharing == "reduce" and rows.positions > 1:
-            rows.values = rows.values.unflatten(0, (rows.samples, rows.positions)).mean(1)
+        if sharing == "reduce":
+            rows.values = _by_sample(rows).mean(-2)
         return rows
     gather = _mean_patches if sharing == "reduce" else _patches
     if z.dim() == 1 + _space(module):
@@ -126,7 +126,10 @@ def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharin
         values = values.flatten(1)
     else:
         values = values.unflatten(-1, (module.groups, -1)).permute(2, 0, 1, 3).flatten(2)
-    return Rows(values, *_assign(samples, positions, batch))
+    rows = Rows(values, *_assign(samples, positions, batch))
+    if sharing == "reduce" and rows.samples < samples:
+        rows.values = _by_sample(rows).mean(-2)
+    return rows
 
 
 def in_weight_order(module: LayerModule, factor: Tensor) -> Tensor:
@@ -162,10 +165,9 @@ def gradient_rows(module: LayerModule, g: Tensor, batch: int, sharing: WeightSha
     """
     if isinstance(module, nn.Linear):
         rows = _linear_rows(g, batch)
-        values = rows.values
-        if sharing == "reduce" and rows.positions > 1:
-            values = values.unflatten(0, (rows.samples, rows.positions)).sum(1)
-        return Rows(values, rows.samples, rows.positions)
+        if sharing == "reduce":
+            rows.values = _by_sample(rows).sum(-2)
+        return rows
     if g.dim() == _space(module) + 1:
         g = g.unsqueeze(0)
     samples, positions = g.shape[0], math.prod(g.shape[2:])
@@ -173,11 +175,19 @@ def gradient_rows(module: LayerModule, g: Tensor, batch: int, sharing: WeightSha
     values = g.sum(2) if sharing == "reduce" else g.transpose(1, 2).flatten(0, 1)
     if module.groups > 1:
         values = values.unflatten(1, (module.groups, -1)).transpose(0, 1)
-    return Rows(values, *_assign(samples, positions, batch))
+    rows = Rows(values, *_assign(samples, positions, batch))
+    if sharing == "reduce" and rows.samples < samples:
+        rows.values = _by_sample(rows).sum(-2)
+    return rows
 
 
 def _space(module: Conv) -> int:
     return len(module.kernel_size)
+
+
+def _by_sample(rows: Rows) -> Tensor:
+    """[..., rows, features] with the rows of each sample apart: [..., N, rows / N, features]."""
+    return rows.values.unflatten(-2, (rows.samples, -1))  # type: ignore[no-any-return]
 
 
 def _linear_rows(x: Tensor, batch: int) -> Rows:
