@@ -129,6 +129,8 @@ class _Solve(Function):
                 problem, lambda: _differentiate(problem, trajectory, grad_states, wants_times)
             )
         if gradients is None:
+            # Now, not when the forward solve failed: it may have been no part of training.
+            mark_failed(problem.field.parameters)
             return _skipped(problem, states, parameters, ctx.time_like if wants_times else None)
         times = gradients.times
         if times is not None:
@@ -157,7 +159,6 @@ def _guarded(problem: Problem, run: Callable[[], Result]) -> Result | None:
     except Exception as error:
         stats.status = f"{type(error).__name__}: {error}"
         if isinstance(error, SolverError) and problem.sensitivity.on_failure == "skip":
-            mark_failed(problem.field.parameters)
             return None
         raise
     stats.status, stats.t1 = "ok", problem.times[-1]

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums
 from torchdyn_snopt.curvature.layers import is_supported
+from torchdyn_snopt.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,8 +102,18 @@ class Collector:
         Args:
             module: the layer.
             sums: its sums, closed.
+
+        Raises:
+            UnsupportedError: two layers share a weight, and only one of them has a bias.
         """
         known: LayerSums | None = self._sums.get(module.weight)
+        if known is not None and known.bias != sums.bias:
+            raise UnsupportedError(
+                "two layers share a weight, but only one of them has a trainable bias",
+                got=f"{known.module} and {module} with one weight",
+                allowed="layers that share their weight and are alike",
+                do="give both layers a bias or none, or put the biases into another group",
+            )
         if known is None:
             self._sums[module.weight] = sums
         else:

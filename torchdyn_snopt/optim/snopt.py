@@ -169,17 +169,21 @@ class SNOpt(Optimizer):
         self._recorders.append(recorder)
         _request(group, collector, recorder)
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _groups(self) -> Iterable[tuple[Group, Collector, OutsideRecorder]]:
         return zip(self.param_groups, self._collectors, self._recorders, strict=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and the curvature that belongs to them.
+        """Clear the gradients, with their curvature and the note that a solve has failed.
 
         Args:
             set_to_none: as in torch.
         """
         super().zero_grad(set_to_none)
         self._forget()
+        take_failed(self._parameters())
 
     def _forget(self) -> None:
         for collector, recorder in zip(self._collectors, self._recorders, strict=True):
@@ -206,8 +210,7 @@ class SNOpt(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [p for group in self.param_groups for p in group["params"]]
-        if take_failed(params):
+        if take_failed(self._parameters()):
             self.skipped_steps += 1
             self._forget()
             return loss
@@ -303,7 +306,7 @@ class SNOpt(Optimizer):
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; factors of low-precision parameters stay wide.
         saved = state_dict["state"]
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._parameters()
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for p, i in zip(params, indices, strict=True):
             for key, value in saved.get(i, {}).items():
