@@ -20,7 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "factor_decay": 0.9,
         "kl_clip": None,
         "fallback": "adam",
-        "weight_sharing": "reduce",
+        "weight_sharing": "expand",
     },
     "kfac": {
         "lr": 0.1,
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "factor_decay": 0.9,
         "kl_clip": 1e-3,
         "fallback": "sgd",
-        "weight_sharing": "reduce",
+        "weight_sharing": "expand",
     },
     "ekfac": {
         "lr": 0.1,
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "factor_decay": 0.0,
         "kl_clip": None,
         "fallback": "sgd",
-        "weight_sharing": "reduce",
+        "weight_sharing": "expand",
     },
 }
 
