@@ -84,12 +84,15 @@ class Use(NamedTuple):
 
     Attributes:
         z: the layer's input.
-        g: gradient of its output, ``[R, ...]`` with a leading dimension of columns for 'mc' and
-            'ggn'; None when the output has no gradient.
+        g: gradient of its output; None when the output has no gradient, or nobody wants it.
+        module: the module that was called, where it is another one with the same weight.
+        columns: for 'mc' and 'ggn', the columns at its output ``[R, *output.shape]``, or None.
     """
 
     z: Tensor
     g: Tensor | None
+    module: LayerModule | None = None
+    columns: Tensor | None = None
 
 
 class LayerSums:
@@ -125,8 +128,11 @@ class LayerSums:
         Returns:
             Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
         """
-        inputs = [input_rows(self.module, use.z, batch, self.spec.weight_sharing) for use in uses]
-        gradients = [self._gradients(use.g, batch) for use in uses if use.g is not None]
+        inputs = [
+            input_rows(use.module or self.module, use.z, batch, self.spec.weight_sharing)
+            for use in uses
+        ]
+        gradients = [rows for use in uses if (rows := self._gradients(use, batch)) is not None]
         self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
         self._row_samples += weight * inputs[0].samples
         z_rows = [rows.values for rows in inputs]
@@ -143,11 +149,15 @@ class LayerSums:
             self._b.add(g, weight if gradient_weight is None else gradient_weight)
         return inputs[0].samples
 
-    def _gradients(self, g: Tensor, batch: int) -> Tensor:
-        columns = 1
-        if self.spec.curvature != "empirical":
-            columns, g = g.shape[0], g.flatten(0, 1)
-        return gradient_rows(self.module, g, batch * columns, self.spec.weight_sharing).values
+    def _gradients(self, use: Use, batch: int) -> Tensor | None:
+        sharing = self.spec.weight_sharing
+        if self.spec.curvature == "empirical":
+            g = use.g
+            return None if g is None else gradient_rows(self.module, g, batch, sharing).values
+        if use.columns is None:
+            return None
+        rows = [gradient_rows(self.module, g, batch, sharing).values for g in use.columns]
+        return torch.cat(rows, -2)
 
     def close(self, samples: int, batch: int, horizon: float) -> None:
         """Count the samples of a finished backward pass.

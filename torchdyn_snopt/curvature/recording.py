@@ -47,7 +47,7 @@ class LayerTape:
         Yields:
             This tape.
         """
-        handles = [module.register_forward_hook(self._hook) for module in modules]
+        handles = [module.register_forward_hook(self._hook, with_kwargs=True) for module in modules]
         try:
             yield self
         finally:
@@ -55,9 +55,12 @@ class LayerTape:
                 handle.remove()
             self.records.clear()
 
-    def _hook(self, module: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _hook(
+        self, module: LayerModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         if output.requires_grad and torch.is_grad_enabled():
-            self.records.append(Record(module, inputs[0].detach(), get_gradient_edge(output)))
+            z = layer_input(args, kwargs).detach()
+            self.records.append(Record(module, z, get_gradient_edge(output)))
 
     def take(self) -> list[Record]:
         """The records since the last call.
@@ -97,7 +100,10 @@ class PassSums:
             gradient_weight: weight for B where it differs.
         """
         for module, layer_uses in uses.items():
+            seeded = any(use.columns is not None for use in layer_uses)
             for collector in self.wanted[module]:
+                if collector.spec.curvature != "empirical" and not seeded:
+                    continue
                 key = (module, collector)
                 if key not in self._sums:
                     bias = collector.takes_bias(module)
@@ -117,19 +123,39 @@ class PassSums:
             collector.absorb(module, sums)
 
 
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a call of a layer.
+
+    Args:
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        The tensor.
+    """
+    z: Tensor = args[0] if args else kwargs["input"]
+    return z
+
+
 def group_uses(
-    records: Sequence[Record], gradients: Sequence[Tensor | None]
+    records: Sequence[Record],
+    gradients: Sequence[Tensor | None],
+    columns: Sequence[Tensor | None] = (),
 ) -> dict[LayerModule, list[Use]]:
-    """Recorded calls with their gradients, by layer.
+    """Recorded calls with their gradients, by layer; layers with one weight are one layer.
 
     Args:
         records: the calls.
         gradients: gradient of each call's output.
+        columns: columns at each call's output, if any are carried.
 
     Returns:
         Uses of each layer.
     """
     uses: dict[LayerModule, list[Use]] = {}
-    for record, gradient in zip(records, gradients, strict=True):
-        uses.setdefault(record.module, []).append(Use(record.z, gradient))
+    first: dict[int, LayerModule] = {}
+    columns = columns or [None] * len(records)
+    for record, gradient, column in zip(records, gradients, columns, strict=True):
+        layer = first.setdefault(id(record.module.weight), record.module)
+        uses.setdefault(layer, []).append(Use(record.z, gradient, record.module, column))
     return uses
