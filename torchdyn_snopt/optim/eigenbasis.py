@@ -44,9 +44,10 @@ def damped_inverse(matrix: Tensor, damping: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(matrix + damping * eye)
     if not bool(info.any()):
         inverse = torch.cholesky_inverse(root)
-        # No entry exceeds 1/damping unless M is indefinite (or not finite, which fails below).
+        # Its entries lie in (0, 1/damping] unless M is indefinite, or not finite: that fails below.
+        diagonal = inverse.diagonal(dim1=-2, dim2=-1)
         bound = (1.0 + SLACK) / damping.squeeze(-1)
-        if bool((inverse.diagonal(dim1=-2, dim2=-1) <= bound).all()):
+        if bool(((diagonal > 0.0) & (diagonal <= bound)).all()):
             return inverse
     values, vectors = symmetric_eigen(matrix)
     return (vectors / (values.unsqueeze(-2) + damping)) @ vectors.mT
