@@ -57,7 +57,6 @@ class AdjointSystem(System):
         self.collects_stages = bool(sums.wanted) and not on_grid
         self.collects_grid = bool(sums.wanted) and on_grid
         self.total = WeightedSum()
-        self.at_end = False
         self.grid: list[float] = []
         self.grid_dt = 0.0
         self._first: tuple[list[Tensor | None], Uses] = ([], {})
@@ -80,6 +79,7 @@ class AdjointSystem(System):
         """
         if stage == 1:
             self._begin_step()
+        # Behind the last step of a segment a jumps, so that its last stage starts no other step.
         weighted = stage >= 0 and (self.b[stage] != 0.0 or self.full_norm)
         carried = self.fsal and stage == self.stages - 1 and not self.at_end
         wanted = weighted or carried

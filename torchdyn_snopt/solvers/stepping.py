@@ -39,7 +39,13 @@ STRETCH = 1.01
 
 
 class System:
-    """What the loop integrates. Subclasses write derivatives and may watch the steps."""
+    """What the loop integrates. Subclasses write derivatives and may watch the steps.
+
+    Attributes:
+        at_end: set by the loop before each adaptive step: whether it would reach the segment's end.
+    """
+
+    at_end = False
 
     def evaluate(self, stage: int, t: float, y: Tensor, out: Tensor) -> None:
         """Write dy/dt at (t, y) into ``out``.
@@ -218,6 +224,7 @@ class Stepper:
             remaining = abs(t_end - t)
             last = planned * STRETCH >= remaining
             dt = direction * (remaining if last else planned)
+            self.system.at_end = last
             self._count_step(t, dt)
             y1 = self._try_step(t, dt)
             ratio = self._error_ratio(y1, dt)
