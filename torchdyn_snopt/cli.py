@@ -1,0 +1,284 @@
+"""The command `torchdyn-snopt`: options and what is shown; the work is done in the rooms below.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.bench import BenchReport
+    from torchdyn_snopt.experiments.configuration import RunResult
+    from torchdyn_snopt.experiments.report import Report
+    from torchdyn_snopt.experiments.tables import SummaryTable
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+app = typer.Typer(
+    name="torchdyn-snopt",
+    help="Second-order training of neural ODEs: run the experiments and the benchmarks.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+bench_app = typer.Typer(
+    help="Measure this package against torchdyn and torchdiffeq on this machine.",
+    no_args_is_help=True,
+)
+app.add_typer(bench_app, name="bench")
+
+# Brackets in our texts are ranges and shapes, not rich's markup.
+console = Console(markup=False, highlight=False)
+error_console = Console(stderr=True, markup=False, highlight=False)
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Argument(help="What to train: digits or moons.")],
+    optimizer: Annotated[
+        list[str],
+        typer.Option(
+            help="Optimizers, parted by commas: snopt, snopt-paper, adam, adamw, sgd. Settings "
+            "follow a colon: adam:lr=3e-3:sensitivity=adjoint."
+        ),
+    ] = ["snopt,adam,sgd"],  # noqa: B006  (typer copies it)
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the training data. Without it: the task's own."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Seconds of training for each run, besides or instead of --epochs."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 1,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Learning rate for optimizers that name none. Without it: the task's."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples per batch. Without it: the task's own.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder. Without it: runs/TASK.", file_okay=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what the output folder holds.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto for CUDA where there is one.")
+    ] = "cpu",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with data sets, for tasks that need one.",
+            envvar="TORCHDYN_SNOPT_DATA",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Train a task with several optimizers; leaves logs, a table and pictures.
+
+    Every run of one seed starts from the same weights and sees the same batches. Ctrl-C keeps what
+    was run; the same command with --resume goes on from there.
+    """
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.configuration import Budget
+    from torchdyn_snopt.experiments.optimizers import parse_specs
+    from torchdyn_snopt.experiments.progress import observer_for
+    from torchdyn_snopt.experiments.suite import Suite, run_suite
+    from torchdyn_snopt.experiments.tasks import get_task
+
+    try:
+        entry = get_task(task)
+        suite = Suite(
+            task=entry,
+            optimizers=parse_specs(optimizer, lr),
+            seeds=range(seeds),
+            budget=Budget(entry.epochs if epochs is None and seconds is None else epochs, seconds),
+            out=out or Path("runs") / task,
+            device=_device(device),
+            batch_size=batch_size,
+            data_dir=data_dir,
+        )
+        with observer_for(suite, console) as observer:
+            results, report = run_suite(suite, [observer], resume=resume, overwrite=overwrite)
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
+    _show_report(report, suite.out)
+    _conclude(results)
+
+
+def _show_report(report: Report, out: Path) -> None:
+    if report.table.rows:
+        console.print()
+        _print_table(report.table)
+        for note in report.table.notes:
+            console.print(note, style="dim")
+    console.print(f"\nTable and pictures in {out}:")
+    for path in report.files:
+        console.print(f"  {path}", soft_wrap=True)
+
+
+def _print_table(summary: SummaryTable) -> None:
+    """One row per optimizer where that fits, else one column per optimizer."""
+    rows = [summary.head, *summary.body()]
+    table = _rich_table(summary.title, rows)
+    if Measurement.get(console, console.options, table).maximum > console.width:
+        table = _rich_table(summary.title, [list(column) for column in zip(*rows, strict=True)])
+    console.print(table)
+
+
+def _rich_table(title: str, rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if number else "left")
+    for cells in rows[1:]:
+        table.add_row(*cells)
+    return table
+
+
+def _conclude(results: list[RunResult]) -> None:
+    """Say how to go on after Ctrl-C, name failures, and leave with the matching exit status."""
+    for result in results:
+        if result.status == "failed":
+            label = f"{result.config.optimizer.label}, seed {result.config.seed}"
+            error_console.print(f"{label} failed: {result.reason}", style="red")
+    if results and results[-1].status == "interrupted":
+        command = " ".join(["torchdyn-snopt", *_resume_arguments(sys.argv[1:])])
+        console.print(f"\nStopped; nothing is lost. To go on:\n  {command}")
+        raise typer.Exit(INTERRUPTED)
+    if results and all(result.status == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+def _resume_arguments(arguments: list[str]) -> list[str]:
+    """The same command line, with --resume."""
+    import shlex
+
+    kept = [shlex.quote(word) for word in arguments if word not in {"--overwrite", "--resume"}]
+    return [*kept, "--resume"]
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from torchdyn_snopt.errors import InvalidInputError
+
+    try:
+        device = torch.device(name if name != "auto" else _best_device())
+    except RuntimeError as error:
+        raise InvalidInputError(
+            "the device has no valid name",
+            got=f"--device {name}",
+            allowed="auto, cpu, cuda, cuda:0, cuda:1, ...",
+            do="choose one of these",
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(
+            "there is no CUDA device",
+            got=f"--device {name}",
+            allowed="cpu on this machine",
+            do="leave --device out, or install a build of torch for your accelerator",
+        )
+    return device
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write raw measurements and environment there.")
+]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds of interleaved measurements.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto.")]
+
+
+@bench_app.command("adjoint")
+def bench_adjoint(
+    json: JsonOption = None, repeats: RepeatsOption = 25, device: DeviceOption = "cpu"
+) -> None:
+    """Training steps by 'snopt', by torchdyn's sensitivities and by torchdiffeq's adjoint."""
+    _bench("adjoint", json, repeats, device)
+
+
+@bench_app.command("refresh")
+def bench_refresh(
+    json: JsonOption = None, repeats: RepeatsOption = 25, device: DeviceOption = "cpu"
+) -> None:
+    """What collecting curvature adds to a backward solve, and to the iterations in between."""
+    _bench("refresh", json, repeats, device)
+
+
+@bench_app.command("memory")
+def bench_memory(
+    json: JsonOption = None, repeats: RepeatsOption = 3, device: DeviceOption = "cpu"
+) -> None:
+    """Peak memory of a training step at rtol 1e-3 and at 1e-8."""
+    _bench("memory", json, repeats, device)
+
+
+def _bench(kind: str, json: Path | None, repeats: int, device: str) -> None:
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.bench import BENCHMARKS
+
+    try:
+        with console.status(f"bench {kind}") as status:
+            report = BENCHMARKS[kind](repeats, _device(device), status.update)
+        _show_benchmark(report)
+        if json is not None:
+            report.write(json)
+            console.print(f"Raw measurements in {json}")
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
+
+
+def _show_benchmark(report: BenchReport) -> None:
+    for part in report.tables:
+        console.print(_rich_table(part.title, [part.head, *part.body]))
+    console.print(report.note, style="dim")
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _fail(error: SNOptError) -> NoReturn:
+    """A wrong request is answered by its message, without a traceback."""
+    error_console.print(f"Error: {error}", style="red")
+    raise typer.Exit(2)
+
+
+def _fail_on_file(error: OSError) -> NoReturn:
+    """A full disk or a folder that cannot be written is no defect of the program."""
+    place: Any = error.filename or "a file"
+    error_console.print(
+        f"Error: cannot write or read {place}: {error.strerror or error}. What was complete before "
+        "is kept; free space or choose another folder with --out, then go on with --resume.",
+        style="red",
+    )
+    raise typer.Exit(1)
