@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def spd(size: int, low: float = 1e-6, high: float = 1e2) -> Tensor:
-    """A symmetric positive definite matrix with a random basis and eigenvalues over many decades."""
+    """A positive definite matrix with a random basis and eigenvalues over many decades."""
     q = torch.linalg.qr(torch.randn(size, size)).Q
     return (q * torch.logspace(0, 1, size, base=high / low).mul(low)) @ q.T
 
