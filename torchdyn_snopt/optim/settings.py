@@ -65,6 +65,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_sharing": ("expand", "reduce"),
     "fallback": ("sgd", "adam"),
     "reduction": ("mean", "sum"),
+    "maximize": (False, True),
+    "foreach": (None, False, True),
 }
 
 # name: (lowest, lowest allowed, highest, highest allowed)
