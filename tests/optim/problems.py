@@ -98,7 +98,7 @@ def train(
         loss = loss_of(model, step)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if after is not None:
             after(step)
     return losses
