@@ -10,7 +10,8 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from torchdyn_snopt.adjoint.problem import Field, Method, Problem, SNOptSensitivity, bounded
-from torchdyn_snopt.adjoint.solve import check_state, solve
+from torchdyn_snopt.adjoint.solve import solve
+from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 from torchdyn_snopt.solvers import (
     DOPRI5,

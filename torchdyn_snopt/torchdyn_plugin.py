@@ -12,7 +12,8 @@ from torchdyn.core.problems import MultipleShootingProblem, ODEProblem
 from torchdyn.numerics.solvers import ode as torchdyn_solvers
 
 from torchdyn_snopt.adjoint.problem import Method, Problem, SNOptSensitivity, bounded
-from torchdyn_snopt.adjoint.solve import check_state, solve
+from torchdyn_snopt.adjoint.solve import solve
+from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 from torchdyn_snopt.solvers import DOPRI5, TORCHDYN_NAMES, SolveStats, Tableau, Tolerances
 from torchdyn_snopt.torchdyn_field import field_of

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchdyn_snopt.adjoint.batched import batched_gradients
 from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
 from torchdyn_snopt.adjoint.problem import segment_times
 from torchdyn_snopt.adjoint.weighted import WeightedSum
@@ -20,6 +21,8 @@ from torchdyn_snopt.curvature.recording import LayerTape, PassSums, group_uses
 from torchdyn_snopt.solvers import PROBE, Step, Stepper, System, interpolate
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.autograd.graph import GradientEdge
 
@@ -33,10 +36,18 @@ Uses = dict["LayerModule", "list[Use]"]
 
 
 class AdjointSystem(System):
-    """dx/dt = F, da/dt = −F_xᵀ a − ℓ_x on the flat state (x, a), with the sums on the side."""
+    """dx/dt = F, da/dt = −F_xᵀ a − ℓ_x on the flat state (x, a), with the sums on the side.
+
+    With seeds from the loss the state goes on with columns q_1, …, q_R, dq/dt = −F_xᵀ q (Eq. 11).
+    """
 
     def __init__(
-        self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape
+        self,
+        problem: Problem,
+        shape: torch.Size,
+        sums: PassSums,
+        tape: LayerTape,
+        rank: int = 0,
     ) -> None:
         """Set up.
 
@@ -45,7 +56,9 @@ class AdjointSystem(System):
             shape: of the state x.
             sums: takes the curvature of this pass.
             tape: records the layers that somebody wants; idle if nobody does.
+            rank: R, the number of columns.
         """
+        self.rank = rank
         self.field, self.shape, self.n = problem.field, shape, math.prod(shape)
         self.problem = problem
         tableau = problem.backward.tableau
@@ -74,8 +87,8 @@ class AdjointSystem(System):
         Args:
             stage: number of the stage.
             t: time.
-            y: state (x, a), flat [2N].
-            out: row [2N].
+            y: state (x, a, q), flat [(2 + R) N].
+            out: row of that size.
         """
         if stage == 1:
             self._begin_step()
@@ -97,10 +110,10 @@ class AdjointSystem(System):
     def _vjp(
         self, t: float, y: Tensor, out: Tensor | None, parameters: bool, curvature: bool
     ) -> tuple[list[Tensor | None], Uses]:
-        """One evaluation of F and one vector-Jacobian product with a."""
+        """One evaluation of F, and one vector-Jacobian product with a and one with all columns."""
         n, shape, field = self.n, self.shape, self.field
         x = y[:n].view(shape).detach().requires_grad_()
-        a = y[n:].view(shape)
+        a = y[n : 2 * n].view(shape)
         thetas = field.parameters if parameters else ()
         with torch.enable_grad():
             f = field(t, x)
@@ -113,15 +126,25 @@ class AdjointSystem(System):
         if not curvature:
             self.tape.records.clear()
         inputs: list[Tensor | GradientEdge] = [x, *thetas, *(record.edge for record in records)]
-        gradients = vector_jacobian(outputs, inputs, seeds)
+        gradients = vector_jacobian(outputs, inputs, seeds, retain_graph=self.rank > 0)
+        columns: Sequence[Tensor | None] = ()
+        if self.rank:
+            edges = [record.edge for record in records]
+            columns = self._column_products(f, x, y[2 * n :], edges, out)
         if out is not None:
             out[:n].view(shape).copy_(f.detach())
-            if gradients[0] is None:
-                out[n:].zero_()
-            else:
-                torch.neg(gradients[0].reshape(-1), out=out[n:])
+            _write_negative(gradients[0], out[n : 2 * n])
         end = 1 + len(thetas)
-        return list(gradients[1:end]), group_uses(records, gradients[end:])
+        return list(gradients[1:end]), group_uses(records, gradients[end:], columns)
+
+    def _column_products(
+        self, f: Tensor, x: Tensor, q: Tensor, edges: list[GradientEdge], out: Tensor | None
+    ) -> list[Tensor | None]:
+        """Write −F_xᵀ q into ``out``; return the columns at the layers' outputs."""
+        of_x, *of_layers = batched_gradients(f, [x, *edges], q.view(self.rank, *self.shape))
+        if out is not None:
+            _write_negative(of_x, out[2 * self.n :])
+        return of_layers
 
     def accepted(self, step: Step) -> None:
         """Add the step to the integrals.
@@ -211,7 +234,7 @@ class AdjointSystem(System):
         """Norms of x and a.
 
         Args:
-            y: state [2N].
+            y: state (x, a, q).
 
         Returns:
             Them by name.
@@ -219,8 +242,15 @@ class AdjointSystem(System):
         n = self.n
         return {
             "x": float(torch.linalg.vector_norm(y[:n])),
-            "a": float(torch.linalg.vector_norm(y[n:])),
+            "a": float(torch.linalg.vector_norm(y[n : 2 * n])),
         }
+
+
+def _write_negative(value: Tensor | None, out: Tensor) -> None:
+    if value is None:
+        out.zero_()
+    else:
+        torch.neg(value.reshape(-1), out=out)
 
 
 def solve_backward(
@@ -230,8 +260,9 @@ def solve_backward(
     wanted: dict[LayerModule, list[Collector]],
     *,
     time_gradients: bool,
+    columns: Tensor | None = None,
 ) -> Gradients:
-    """Integrate x and a from t1 to t0.
+    """Integrate x and a from t1 to t0, and with them the columns if there are any.
 
     Args:
         problem: what and how.
@@ -239,6 +270,8 @@ def solve_backward(
         grad_states: dL/dx at each evaluation time, ``[T, *x.shape]``.
         wanted: layers whose curvature is to be collected, with their takers.
         time_gradients: whether dL/dt is needed.
+        columns: seeds of the terminal curvature at each time ``[R, T, *x.shape]``, or None; they
+            are no part of the error norm.
 
     Returns:
         The gradients.
@@ -248,8 +281,15 @@ def solve_backward(
     n = math.prod(shape)
     sums = PassSums(wanted, problem.batch)
     tape = LayerTape()
-    system = AdjointSystem(problem, shape, sums, tape)
-    y = torch.cat([states[-1].reshape(-1), grad_states[-1].reshape(-1)])
+    rank = 0 if columns is None else len(columns)
+    system = AdjointSystem(problem, shape, sums, tape, rank)
+
+    def arriving(i: int) -> Tensor:
+        """What the loss adds to (a, q) at a time."""
+        a = grad_states[i].reshape(-1)
+        return a if columns is None else torch.cat([a, columns[:, i].reshape(-1)])
+
+    y = torch.cat([states[-1].reshape(-1), arriving(-1)])
     stepper = Stepper(
         system,
         y,
@@ -258,6 +298,7 @@ def solve_backward(
         phase="backward",
         stats=problem.stats.backward,
         dt=trajectory.dt,
+        controlled=2 * n if rank else None,
     )
     dt = states.new_zeros(len(times)) if time_gradients else None
     with ExitStack() as stack:
@@ -272,13 +313,14 @@ def solve_backward(
                 y = stepper.advance(start, t)
                 start = t
             if i > 1:
-                y = torch.cat([states[i - 1].reshape(-1), y[n:] + grad_states[i - 1].reshape(-1)])
+                y = torch.cat([states[i - 1].reshape(-1), y[n:] + arriving(i - 1)])
                 stepper.restart(y)
         if dt is not None:
-            dt[0] = -stepper.first_stage(times[0])[:n].dot(y[n:])
+            dt[0] = -stepper.first_stage(times[0])[:n].dot(y[n : 2 * n])
             if problem.field.running_cost is not None:
                 dt[-1] += problem.field.cost(times[-1], states[-1])
                 dt[0] -= problem.field.cost(times[0], states[0])
     sums.deliver(problem.horizon)
     parameters = system.total.total or [None] * len(problem.field.parameters)
-    return Gradients(y[n:].view(shape) + grad_states[0], dt, parameters)
+    adjoints = (y[n:] + arriving(0)).view(1 + rank, *shape)
+    return Gradients(adjoints[0], dt, parameters, adjoints[1:] if rank else None)

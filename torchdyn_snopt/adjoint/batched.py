@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def batched_gradients(
-    output: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], seeds: Tensor
+    output: Tensor, inputs: Sequence[Tensor | GradientEdge], seeds: Tensor
 ) -> list[Tensor | None]:
     """One vector-Jacobian product for each seed; the graph is kept.
 
@@ -35,7 +35,7 @@ def batched_gradients(
         return list(
             torch.autograd.grad(
                 output,
-                inputs,
+                inputs,  # type: ignore[arg-type]  # tensors and edges may be mixed
                 seeds,
                 is_grads_batched=True,
                 allow_unused=True,
@@ -44,7 +44,13 @@ def batched_gradients(
         )
     except RuntimeError:  # no batching rule; a genuine failure repeats itself below
         columns = [
-            torch.autograd.grad(output, inputs, seed, allow_unused=True, retain_graph=True)
+            torch.autograd.grad(
+                output,
+                inputs,  # type: ignore[arg-type]
+                seed,
+                allow_unused=True,
+                retain_graph=True,
+            )
             for seed in seeds
         ]
     return [_stack(column) for column in zip(*columns, strict=True)]

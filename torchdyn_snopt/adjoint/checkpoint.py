@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchdyn_snopt.adjoint.batched import batched_gradients
 from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
 from torchdyn_snopt.adjoint.weighted import WeightedSum
 from torchdyn_snopt.curvature.recording import LayerTape, PassSums, Record, group_uses
@@ -45,6 +46,8 @@ class Replay:
         self.problem, self.shape, self.sums, self.tape = problem, shape, sums, tape
         self.tableau = problem.forward.tableau
         self.total = WeightedSum()
+        #: Columns of the loss's curvature, pulled back along with a, or None.
+        self.columns: Tensor | None = None
 
     def step(
         self, saved: Checkpoint, a: Tensor, ends: tuple[Tensor, Tensor] | None
@@ -70,10 +73,15 @@ class Replay:
         if cost is not None:
             outputs.append(cost)
             seeds.append(torch.ones_like(cost))
-        gradients = vector_jacobian(outputs, inputs, seeds)
+        gradients = vector_jacobian(outputs, inputs, seeds, retain_graph=self.columns is not None)
+        columns: Sequence[Tensor | None] = [None] * len(flat)
+        if self.columns is not None:
+            edges = [record.edge for record in flat]
+            of_x, *columns = batched_gradients(x1, [x, *edges], self.columns)
+            self.columns = torch.zeros_like(self.columns) if of_x is None else of_x
         n_params, n_ends = len(field.parameters), len(ends or ())
         self.total.add(gradients[1 : 1 + n_params], 1.0)
-        self._collect(records, gradients[1 + n_params + n_ends :], abs(saved.dt))
+        self._collect(records, gradients[1 + n_params + n_ends :], columns, abs(saved.dt))
         a0 = torch.zeros_like(a) if gradients[0] is None else gradients[0]
         return a0, list(gradients[1 + n_params : 1 + n_params + n_ends])
 
@@ -118,6 +126,7 @@ class Replay:
         self,
         records: list[tuple[float, list[Record]]],
         gradients: Sequence[Tensor | None],
+        columns: Sequence[Tensor | None],
         dt: float,
     ) -> None:
         """The gradient at stage i is dt bᵢ g, so that B takes it with weight 1/(dt bᵢ)."""
@@ -125,7 +134,7 @@ class Replay:
         for b, stage in records:
             stop = start + len(stage)
             if b != 0.0 and stage:
-                uses = group_uses(stage, gradients[start:stop])
+                uses = group_uses(stage, gradients[start:stop], columns[start:stop])
                 self.sums.add(uses, b * dt, 1.0 / (b * dt))
             start = stop
 
@@ -137,6 +146,7 @@ def replay_backward(
     wanted: dict[LayerModule, list[Collector]],
     *,
     time_gradients: bool,
+    columns: Tensor | None = None,
 ) -> Gradients:
     """Differentiate the discrete solution.
 
@@ -146,6 +156,7 @@ def replay_backward(
         grad_states: dL/dx at each evaluation time, ``[T, *x.shape]``.
         wanted: layers whose curvature is to be collected, with their takers.
         time_gradients: whether dL/dt is needed.
+        columns: seeds of the terminal curvature at each time ``[R, T, *x.shape]``, or None.
 
     Returns:
         The gradients.
@@ -158,6 +169,7 @@ def replay_backward(
     tape = LayerTape()
     replay = Replay(problem, grad_states.shape[1:], sums, tape)
     a = grad_states[-1]
+    replay.columns = None if columns is None else columns[:, -1]
     dt = grad_states.new_zeros(len(times)) if time_gradients else None
     with ExitStack() as stack:
         if wanted:
@@ -171,6 +183,8 @@ def replay_backward(
                     for j, gradient in zip((i - 1, i), grad_ends, strict=True):
                         dt[j] += 0.0 if gradient is None else gradient
             a = a + grad_states[i - 1]
+            if columns is not None and replay.columns is not None:
+                replay.columns = replay.columns + columns[:, i - 1]
     if not bool(torch.isfinite(torch.linalg.vector_norm(a))):
         raise SolverError(
             "the gradient is not finite",
@@ -181,7 +195,8 @@ def replay_backward(
             norms={"a": float(torch.linalg.vector_norm(a))},
         )
     sums.deliver(problem.horizon)
-    return Gradients(a, dt, replay.total.total or [None] * len(problem.field.parameters))
+    parameters = replay.total.total or [None] * len(problem.field.parameters)
+    return Gradients(a, dt, parameters, replay.columns)
 
 
 def _leaves(times: tuple[float, ...], like: Tensor) -> tuple[Tensor, Tensor]:

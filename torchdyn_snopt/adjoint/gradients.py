@@ -20,11 +20,13 @@ class Gradients(NamedTuple):
         x0: dL/dx(t0), shaped like the state.
         times: dL/dt for each evaluation time ``[T]``, or None.
         parameters: dL/dθ for each parameter; None for those that the field does not use.
+        columns: the columns q at t0 ``[R, *x.shape]`` (Eq. 11), or None when none are carried.
     """
 
     x0: Tensor
     times: Tensor | None
     parameters: Sequence[Tensor | None]
+    columns: Tensor | None = None
 
 
 def vector_jacobian(

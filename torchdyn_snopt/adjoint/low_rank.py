@@ -20,7 +20,7 @@ from torchdyn_snopt.adjoint.integration import (
     make_span,
 )
 from torchdyn_snopt.adjoint.problem import Field
-from torchdyn_snopt.adjoint.solve import check_state
+from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.errors import InvalidInputError
 from torchdyn_snopt.solvers import SolveStats, Step, System
 

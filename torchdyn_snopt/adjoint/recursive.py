@@ -20,7 +20,7 @@ from torchdyn_snopt.adjoint.integration import Integrator, field_parameters, mak
 from torchdyn_snopt.adjoint.jacobians import Layout, RunningCost, flatten
 from torchdyn_snopt.adjoint.problem import Field
 from torchdyn_snopt.adjoint.second_order import SecondOrder
-from torchdyn_snopt.adjoint.solve import check_state
+from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.solvers import SolveStats
 
 if TYPE_CHECKING:

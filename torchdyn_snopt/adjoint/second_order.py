@@ -32,7 +32,7 @@ from torchdyn_snopt.adjoint.jacobians import (
     terminal_derivatives,
 )
 from torchdyn_snopt.adjoint.problem import Field
-from torchdyn_snopt.adjoint.solve import check_state
+from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.solvers import SolveStats, Step, System
 
 if TYPE_CHECKING:

@@ -10,13 +10,20 @@ from torch.autograd import Function
 from torchdyn_snopt.adjoint.backsolve import solve_backward
 from torchdyn_snopt.adjoint.checkpoint import replay_backward
 from torchdyn_snopt.adjoint.forward import Trajectory, solve_forward
+from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.curvature.outside import inside_solve
-from torchdyn_snopt.curvature.registry import active_collectors, mark_failed, wanted_layers
-from torchdyn_snopt.errors import InvalidInputError, SolverError, UnsupportedError
+from torchdyn_snopt.curvature.registry import (
+    active_collectors,
+    mark_failed,
+    wanted_columns,
+    wanted_layers,
+)
+from torchdyn_snopt.curvature.seeds import SolveStation, carry
+from torchdyn_snopt.errors import SolverError, UnsupportedError
 from torchdyn_snopt.solvers import PhaseStats, check_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -47,46 +54,6 @@ def solve(problem: Problem, x0: Tensor, t: Tensor) -> Tensor:
     return _Solve.apply(problem, x0, t, *problem.field.parameters)  # type: ignore[no-any-return]
 
 
-def check_state(x0: Tensor) -> None:
-    """Refuse states that no solve here can take.
-
-    Args:
-        x0: first state.
-
-    Raises:
-        InvalidInputError: not a floating-point tensor, or an empty one.
-        UnsupportedError: complex, or under a torch.func transform.
-    """
-    if not isinstance(x0, torch.Tensor):
-        raise UnsupportedError(
-            "the state is not a tensor",
-            got=type(x0).__name__,
-            allowed="one floating-point tensor (odeint_snopt also takes a tuple of them)",
-            do="concatenate the parts of the state, or use odeint_snopt",
-        )
-    if x0.is_complex():
-        raise UnsupportedError(
-            "complex states are not supported",
-            got=f"{x0.dtype}",
-            allowed="float32, float64, bfloat16, float16",
-            do="integrate torch.view_as_real(x0)",
-        )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise UnsupportedError(
-            "the solve cannot be transformed by torch.func (vmap, grad, jvp, …)",
-            got="a call under such a transform",
-            allowed="ordinary batched states and loss.backward()",
-            do="put the mapped dimension into the batch, or use sensitivity='autograd'",
-        )
-    if not x0.is_floating_point() or x0.numel() == 0:
-        raise InvalidInputError(
-            "the state cannot be integrated",
-            got=f"a tensor {list(x0.shape)} of {x0.dtype}",
-            allowed="a floating-point tensor with at least one entry",
-            do="check the batch; an empty one has nothing to learn from",
-        )
-
-
 class _Solve(Function):
     """x(t0), t, θ ↦ x at the evaluation times."""
 
@@ -103,7 +70,10 @@ class _Solve(Function):
         ctx.problem, ctx.dt, ctx.checkpoints = problem, trajectory.dt, trajectory.checkpoints
         ctx.time_like = (t.dtype, t.device)
         # The parameters are saved for autograd's check that nobody changed them before backward.
-        ctx.save_for_backward(trajectory.states, *parameters)
+        # x0 leads on to what stands before the solve, where columns of the loss have to go too.
+        ctx.snopt_station = None if wanted_columns() is None else SolveStation()
+        start = () if ctx.snopt_station is None else (x0,)
+        ctx.save_for_backward(trajectory.states, *parameters, *start)
         states = trajectory.states
         return states if problem.save is None else states[list(problem.save)]
 
@@ -117,21 +87,31 @@ class _Solve(Function):
                 do="use sensitivity='autograd', or second_order_adjoint for the Hessian",
             )
         problem: Problem = ctx.problem
+        station: SolveStation | None = ctx.snopt_station
+        if station is not None and station.closed:
+            return (None,) * len(ctx.needs_input_grad)
         states, *parameters = ctx.saved_tensors
+        x0 = None if station is None else parameters.pop()
+        arrived = {} if station is None else station.take()
+        columns = torch.cat(list(arrived.values())) if arrived else None
         if problem.save is not None:
-            indices = torch.tensor(problem.save, device=states.device)
-            grad_states = torch.zeros_like(states).index_add_(0, indices, grad_states)
+            grad_states = _at_saved(problem.save, grad_states, states)
+            if columns is not None:
+                columns = torch.stack([_at_saved(problem.save, c, states) for c in columns])
         trajectory = Trajectory(states, ctx.dt, ctx.checkpoints)
         wants_times = ctx.needs_input_grad[2]
         gradients = None
         if not ctx.failed:
             gradients = _guarded(
-                problem, lambda: _differentiate(problem, trajectory, grad_states, wants_times)
+                problem,
+                lambda: _differentiate(problem, trajectory, grad_states, wants_times, columns),
             )
         if gradients is None:
             # Now, not when the forward solve failed: it may have been no part of training.
             mark_failed(problem.field.parameters)
             return _skipped(problem, states, parameters, ctx.time_like if wants_times else None)
+        if gradients.columns is not None and x0 is not None:
+            carry([x0], [gradients.columns], {s: len(part) for s, part in arrived.items()})
         times = gradients.times
         if times is not None:
             dtype, device = ctx.time_like
@@ -140,14 +120,26 @@ class _Solve(Function):
 
 
 def _differentiate(
-    problem: Problem, trajectory: Trajectory, grad_states: Tensor, time_gradients: bool
+    problem: Problem,
+    trajectory: Trajectory,
+    grad_states: Tensor,
+    time_gradients: bool,
+    columns: Tensor | None,
 ) -> Gradients:
     collectors = active_collectors()
     wanted = wanted_layers(problem.field.modules(), collectors) if collectors else {}
     problem.stats.backward = PhaseStats()
     checkpoint = problem.sensitivity.adjoint == "checkpoint" and problem.forward.foreign is None
     differentiate = replay_backward if checkpoint else solve_backward
-    return differentiate(problem, trajectory, grad_states, wanted, time_gradients=time_gradients)
+    return differentiate(
+        problem, trajectory, grad_states, wanted, time_gradients=time_gradients, columns=columns
+    )
+
+
+def _at_saved(save: Sequence[int], gradients: Tensor, states: Tensor) -> Tensor:
+    """Gradients of the returned states as gradients of all of them."""
+    indices = torch.tensor(save, device=states.device)
+    return torch.zeros_like(states).index_add_(0, indices, gradients)
 
 
 def _guarded(problem: Problem, run: Callable[[], Result]) -> Result | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchdyn_snopt.curvature.factors import LayerSums, Use
+from torchdyn_snopt.curvature.seeds import LayerCall, Source, carrying, note_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -58,6 +59,10 @@ class OutsideRecorder:
         self._handles: list[RemovableHandle] = []
         # By layer, backward pass and batch size.
         self._uses: dict[tuple[LayerModule, int, int], list[Use]] = {}
+        # The same, by call: columns that reach a call on several ways are added.
+        self._columns: dict[
+            tuple[LayerModule, int, int], dict[LayerCall, dict[Source, Tensor]]
+        ] = {}
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def start(self) -> None:
@@ -73,6 +78,7 @@ class OutsideRecorder:
     def clear(self) -> None:
         """Forget the samples."""
         self._uses.clear()
+        self._columns.clear()
 
     def watch_call(self, layer: LayerModule, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the input of a call, and the gradient of its output as soon as there is one.
@@ -91,9 +97,13 @@ class OutsideRecorder:
             return
         z, owner = inputs[0].detach(), weakref.ref(self)
 
+        if self.collector.spec.curvature != "empirical":
+            note_call(LayerCall(self, layer, z), output)
+            return
+
         def keep(g: Tensor) -> None:
             recorder = owner()
-            if recorder is not None:
+            if recorder is not None and not carrying():
                 recorder._keep(layer, Use(z, g.detach()))
 
         output.register_hook(keep)
@@ -105,8 +115,25 @@ class OutsideRecorder:
             key = (layer, torch._C._current_graph_task_id(), samples)
             self._uses.setdefault(key, []).append(use)
 
+    def keep_columns(self, call: LayerCall, source: Source, columns: Tensor) -> None:
+        """Take columns that have been carried to the output of a call.
+
+        Args:
+            call: it.
+            source: where they come from.
+            columns: ``[R, *output.shape]``.
+        """
+        samples = _samples(call.layer, call.z)
+        if self.collector.active and samples:
+            key = (call.layer, torch._C._current_graph_task_id(), samples)
+            known = self._columns.setdefault(key, {}).setdefault(call, {})
+            known[source] = known[source] + columns if source in known else columns
+
     def deliver(self) -> None:
         """Hand everything to the collector."""
+        for key, calls in self._columns.items():
+            self._uses[key] = _column_uses(calls)
+        self._columns.clear()
         for (layer, _, batch), uses in self._uses.items():
             sums = LayerSums(layer, self.collector.spec, bias=self.collector.takes_bias(layer))
             samples = sums.add(uses, batch, 1.0)
@@ -136,6 +163,20 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()
+
+
+def _column_uses(calls: dict[LayerCall, dict[Source, Tensor]]) -> list[Use]:
+    """Each call with the columns of all sources side by side; zeros from one that missed it."""
+    ranks = {source: len(part) for parts in calls.values() for source, part in parts.items()}
+    uses = []
+    for call, parts in calls.items():
+        like = next(iter(parts.values()))
+        blocks = [
+            parts[source] if source in parts else like.new_zeros(rank, *like.shape[1:])
+            for source, rank in ranks.items()
+        ]
+        uses.append(Use(call.z, None, columns=torch.cat(blocks)))
+    return uses
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -9,7 +9,7 @@ from torchdyn_snopt.curvature.factors import CurvatureKind, CurvatureSpec, Facto
 from torchdyn_snopt.curvature.layers import WeightSharing, is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector
-from torchdyn_snopt.errors import CurvatureError, UnsupportedError
+from torchdyn_snopt.errors import CurvatureError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,25 +92,17 @@ def record_curvature(
 
     Args:
         module: the model; its names of layers, as in ``named_modules()``, name the factors.
-        curvature: 'empirical', the outer products of each sample's own gradient.
+        curvature: 'empirical', the outer products of each sample's own gradient; 'mc' or 'ggn',
+            those of the seeds that this package's losses send off. Then the forward pass and the
+            loss, too, have to run inside the block.
         weight_sharing: 'expand' or 'reduce': positions summed before the outer product.
         reduction: how the loss combines the samples, 'mean' or 'sum'.
 
     Yields:
         The recording; its ``factors`` map a layer's name to A ``[in(+1), in(+1)]`` and B
         ``[out, out]`` (with a leading dimension of groups for a grouped convolution).
-
-    Raises:
-        UnsupportedError: a curvature that needs seeds from the loss.
     """
     spec = CurvatureSpec(curvature, weight_sharing, reduction)
-    if curvature != "empirical":
-        raise UnsupportedError(
-            "only the empirical curvature can be recorded",
-            got=f"curvature={curvature!r}",
-            allowed="'empirical'",
-            do="leave curvature at 'empirical'",
-        )
     recorded = RecordedCurvature(module, spec)
     recorded.start()
     try:

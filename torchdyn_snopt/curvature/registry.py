@@ -8,7 +8,7 @@ all. Nothing here keeps a model, a parameter or a collector alive.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -131,6 +131,28 @@ def active_collectors() -> list[Collector]:
         Those that are active, usually none or one.
     """
     return [collector for collector in _collectors if collector.active]
+
+
+def wanted_columns() -> Literal["mc", "ggn"] | None:
+    """Which seeds of the loss an active collector waits for.
+
+    Returns:
+        'mc' or 'ggn'; None when the gradients' own curvature is enough for all.
+
+    Raises:
+        UnsupportedError: both are waited for at the same time.
+    """
+    kinds = {c.spec.curvature for c in _collectors if c.active} - {"empirical"}
+    if len(kinds) > 1:
+        raise UnsupportedError(
+            "one backward pass cannot carry two kinds of seeds",
+            got="active collectors with curvature='mc' and with curvature='ggn'",
+            allowed="one of them at a time",
+            do="give all parameter groups and record_curvature the same curvature",
+        )
+    if "mc" in kinds:
+        return "mc"
+    return "ggn" if kinds else None
 
 
 def wanted_layers(
