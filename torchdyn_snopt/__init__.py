@@ -4,6 +4,7 @@ from torchdyn_snopt.adjoint.low_rank import low_rank_adjoint
 from torchdyn_snopt.adjoint.problem import SNOptSensitivity
 from torchdyn_snopt.adjoint.recursive import recursive_adjoint
 from torchdyn_snopt.adjoint.second_order import second_order_adjoint
+from torchdyn_snopt.curvature.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 from torchdyn_snopt.curvature.record import record_curvature
 from torchdyn_snopt.errors import (
     CurvatureError,
@@ -20,8 +21,11 @@ from torchdyn_snopt.torchdyn_plugin import register, solve_stats, unregister
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossEntropyLoss",
     "CurvatureError",
+    "GaussianNLLLoss",
     "InvalidInputError",
+    "MSELoss",
     "SNOpt",
     "SNOptError",
     "SNOptSensitivity",

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchdyn_snopt.curvature.layers import (
     WeightSharing,
@@ -156,7 +156,11 @@ class LayerSums:
             return None if g is None else gradient_rows(self.module, g, batch, sharing).values
         if use.columns is None:
             return None
-        rows = [gradient_rows(self.module, g, batch, sharing).values for g in use.columns]
+        columns = use.columns
+        if _is_batched(self.module, columns, batch):
+            flat, rank = columns.flatten(0, 1), len(columns)
+            return gradient_rows(self.module, flat, batch * rank, sharing).values
+        rows = [gradient_rows(self.module, g, batch, sharing).values for g in columns]
         return torch.cat(rows, -2)
 
     def close(self, samples: int, batch: int, horizon: float) -> None:
@@ -206,6 +210,14 @@ class LayerSums:
             self._b.full() * (multiplier / (self._samples * positions)),
             scale,
         )
+
+
+def _is_batched(module: LayerModule, columns: Tensor, batch: int) -> bool:
+    """Whether columns [R, ...] have a batch dimension behind the first one."""
+    if isinstance(module, nn.Linear):
+        leading = columns.shape[1:-1].numel()
+        return leading >= batch and leading % batch == 0
+    return columns.dim() == len(module.kernel_size) + 3
 
 
 def _merge(left: Moment | None, right: Moment | None) -> Moment | None:

@@ -312,7 +312,7 @@ def _spread_positions(columns: Tensor) -> Tensor:
     apart = torch.eye(positions, dtype=flat.dtype, device=flat.device).view(
         1, positions, 1, positions, 1
     )
-    return (flat.unsqueeze(1) * apart).view(classes * positions, *columns.shape[1:])
+    return (flat.unsqueeze(1) * apart).reshape(classes * positions, *columns.shape[1:])
 
 
 def _units(terms: Tensor, samples: int, reduction: str) -> Tensor:
