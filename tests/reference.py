@@ -49,7 +49,7 @@ def reference_solve(
     y = torch.cat([x0.reshape(-1), x0.new_zeros(1)])
     states = [y]
     for i in range(len(t) - 1):
-        steps = math.ceil(density * abs(float(t[i + 1] - t[i])))
+        steps = math.ceil(density * abs(float((t[i + 1] - t[i]).detach())))
         start, h = t[i], (t[i + 1] - t[i]) / steps
         for j in range(steps):
             y = _extrapolated_step(augmented, start + j * h, y, h)

@@ -17,6 +17,7 @@ from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 from torchdyn_snopt.solvers import DOPRI5, TORCHDYN_NAMES, SolveStats, Tableau, Tolerances
 from torchdyn_snopt.torchdyn_field import field_of
+from torchdyn_snopt.torchdyn_leapfrog import Leapfrog
 from torchdyn_snopt.torchdyn_solvers import (
     ButcherSolver,
     shooting_solver,
@@ -131,12 +132,29 @@ def _odeint(original: Any) -> Any:
         t = _time_tensor(t_span, x)
         times = tuple(t.detach().double().tolist())
         save = _save_indices(save_at, times)
+        if isinstance(self.solver, torchdyn_solvers.AsynchronousLeapfrog):
+            states = _leap(self, x, t, times, sensitivity, args)
+            return (t, states) if save is None else (t[list(save)], states[list(save)])
         forward = _forward_method(self, sensitivity, args)
         problem = _problem(self, x, times, forward, sensitivity, args, save)
         states = solve(problem, x, t)
         return (t if save is None else t[list(save)]), states
 
     return odeint
+
+
+def _leap(
+    model: Any,
+    x: Tensor,
+    t: Tensor,
+    times: tuple[float, ...],
+    sensitivity: SNOptSensitivity,
+    args: dict[str, Any],
+) -> Tensor:
+    leapfrog = Leapfrog(torchdyn_solver(model, args), x)
+    forward = Method(foreign=leapfrog.positions)
+    problem = _problem(model, leapfrog.position, times, forward, sensitivity, args, None)
+    return leapfrog.join(problem.field, solve(problem, leapfrog.position, t), t)
 
 
 def _odeint_shooting(original: Any) -> Any:
