@@ -13,6 +13,8 @@ from torchdyn_snopt.errors import (
     SolverError,
     UnsupportedError,
 )
+from torchdyn_snopt.horizon import Horizon, learn_horizon
+from torchdyn_snopt.optim.horizon_policy import HorizonPolicy
 from torchdyn_snopt.optim.snopt import SNOpt
 from torchdyn_snopt.solvers import SolveStats
 from torchdyn_snopt.torchdiffeq_api import odeint_snopt
@@ -24,6 +26,8 @@ __all__ = [
     "CrossEntropyLoss",
     "CurvatureError",
     "GaussianNLLLoss",
+    "Horizon",
+    "HorizonPolicy",
     "InvalidInputError",
     "MSELoss",
     "SNOpt",
@@ -32,6 +36,7 @@ __all__ = [
     "SolveStats",
     "SolverError",
     "UnsupportedError",
+    "learn_horizon",
     "low_rank_adjoint",
     "odeint_snopt",
     "record_curvature",

@@ -22,6 +22,8 @@ from torchdyn_snopt.solvers import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torchdyn_snopt.curvature.horizon import HorizonLink
+
 FieldCallable: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # A solver that is not ours: from x0 and all times to the states [T, *x.shape], without gradients;
 # it counts its field evaluations.
@@ -106,7 +108,7 @@ class Field:
         func: called with t (0-d, of the state's dtype) and x.
         parameters: θ, the trainable parameters to differentiate for.
         roots: modules in which layers are looked for when curvature is wanted.
-        running_cost: ℓ(t, x), summed over its entries and integrated into the loss (Eq. 6), or None.
+        running_cost: ℓ(t, x), summed over entries and integrated into the loss (Eq. 6), or None.
     """
 
     func: FieldCallable
@@ -197,6 +199,7 @@ class Problem:
         batch: samples in the batch.
         stats: filled by both solves.
         save: indices of the times whose states are returned; None: all.
+        horizons: watched parameters on which the times depend.
     """
 
     field: Field
@@ -207,6 +210,7 @@ class Problem:
     batch: int
     stats: SolveStats
     save: tuple[int, ...] | None = None
+    horizons: tuple[HorizonLink, ...] = ()
 
     @property
     def horizon(self) -> float:

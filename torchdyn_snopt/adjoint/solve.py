@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -10,7 +11,9 @@ from torch.autograd import Function
 from torchdyn_snopt.adjoint.backsolve import solve_backward
 from torchdyn_snopt.adjoint.checkpoint import replay_backward
 from torchdyn_snopt.adjoint.forward import Trajectory, solve_forward
+from torchdyn_snopt.adjoint.horizon import deposit
 from torchdyn_snopt.adjoint.state import check_state
+from torchdyn_snopt.curvature.horizon import wanted_horizons
 from torchdyn_snopt.curvature.outside import inside_solve
 from torchdyn_snopt.curvature.registry import (
     active_collectors,
@@ -51,6 +54,7 @@ def solve(problem: Problem, x0: Tensor, t: Tensor) -> Tensor:
     """
     check_state(x0)
     check_segments(problem.times)
+    problem = replace(problem, horizons=wanted_horizons(t))
     return _Solve.apply(problem, x0, t, *problem.field.parameters)  # type: ignore[no-any-return]
 
 
@@ -112,6 +116,7 @@ class _Solve(Function):
             return _skipped(problem, states, parameters, ctx.time_like if wants_times else None)
         if gradients.columns is not None and x0 is not None:
             carry([x0], [gradients.columns], {s: len(part) for s, part in arrived.items()})
+        deposit(problem, states, grad_states)
         times = gradients.times
         if times is not None:
             dtype, device = ctx.time_like

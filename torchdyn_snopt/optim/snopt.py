@@ -15,6 +15,7 @@ from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector, take_failed
 from torchdyn_snopt.errors import UnsupportedError
 from torchdyn_snopt.optim import fallback as fallbacks
+from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.preconditioners import TABLE, guarded_refresh
 from torchdyn_snopt.optim.settings import PAPER, resolve
@@ -57,6 +58,7 @@ class SNOpt(Optimizer):
         reduction: how the loss combines samples, 'mean' or 'sum'.
         maximize: ascend.
         foreach: False updates tensor by tensor (less memory, slower).
+        horizon: settings of the policy (Eq. 16) that moves each `Horizon` among the parameters.
 
     Arguments left out take the defaults of the preconditioner (``optim.settings.DEFAULTS``).
 
@@ -86,6 +88,7 @@ class SNOpt(Optimizer):
         reduction: Literal["mean", "sum"] = "mean",
         maximize: bool = False,
         foreach: bool | None = None,
+        horizon: HorizonPolicy | None = None,
     ) -> None:
         # None where left out: a group with another preconditioner takes the defaults of that one.
         self._settings: Group = {
@@ -104,9 +107,11 @@ class SNOpt(Optimizer):
             "reduction": reduction,
             "maximize": maximize,
             "foreach": foreach,
+            "horizon": (horizon or HorizonPolicy()).settings(),
         }
         self._collectors: list[Collector] = []
         self._recorders: list[OutsideRecorder] = []
+        self._horizons = HorizonMover()
         self._names: dict[Tensor, str] = {}
         self._modules: list[LayerModule] = []
         if isinstance(params, nn.Module):
@@ -167,6 +172,7 @@ class SNOpt(Optimizer):
         recorder = OutsideRecorder(collector, layers)
         self._collectors.append(collector)
         self._recorders.append(recorder)
+        self._horizons.watch(group)
         _request(group, collector, recorder)
 
     def _parameters(self) -> list[Tensor]:
@@ -189,6 +195,7 @@ class SNOpt(Optimizer):
         for collector, recorder in zip(self._collectors, self._recorders, strict=True):
             collector.clear()
             recorder.clear()
+        self._horizons.forget()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -223,6 +230,7 @@ class SNOpt(Optimizer):
             self._move(group)
             group["step"] += 1
             _request(group, collector, recorder)
+        self.report |= self._horizons.move(self.param_groups, self.state, self._names)
         return loss
 
     def _refresh(self, group: Group, collector: Collector) -> None:
@@ -254,6 +262,7 @@ class SNOpt(Optimizer):
     def _move(self, group: Group) -> None:
         layers = self._layers(group)
         covered = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
+        covered |= {id(p) for p in horizons_among(group["params"])}
         others = [p for p in group["params"] if p.grad is not None and id(p) not in covered]
         layers = [layer for layer in layers if layer.has_gradient()]
         sign = -1.0 if group["maximize"] else 1.0
@@ -281,6 +290,7 @@ class SNOpt(Optimizer):
             Pairs of the parameter's name and 'kfe_adam', 'kfac', …, or 'adam (fallback)'.
         """
         rows = []
+        horizons = {id(p) for p in horizons_among(self._parameters())}
         for group, collector, recorder in self._groups():
             covered = {id(p) for layer in self._layers(group) for p in (layer.weight, layer.bias)}
             for module in recorder.layers:
@@ -289,7 +299,7 @@ class SNOpt(Optimizer):
             for p in group["params"]:
                 known = id(p) in covered
                 how = group["preconditioner"] if known else f"{group['fallback']} (fallback)"
-                rows.append((self._names[p], how))
+                rows.append((self._names[p], "horizon policy" if id(p) in horizons else how))
         return rows
 
     def __repr__(self) -> str:
@@ -323,6 +333,7 @@ class SNOpt(Optimizer):
             recorder.stop()
         super().__setstate__(state)
         self._collectors, self._recorders, self.report = [], [], {}
+        self._horizons = HorizonMover()
         for group in self.param_groups:
             self._watch(group)
 

@@ -1,0 +1,266 @@
+"""The horizon's second-order feedback policy: T ← T − η δT, Q_TT δT = Q_T + Q_Tu δθ (Eq. 16).
+
+It runs after θ has moved, and moves every horizon among the optimizer's parameters:
+
+- Q_T is the gradient that autograd left in ``t1.grad``, so whatever the user added to the loss, as
+  the penalty c/2·t1², is in it.
+- Q_TT is taken at rank one of each sample: mean_b (N a_b·F_b)² + c, never negative.
+- Q_Tu δθ, with the δθ that has just been applied, is how Q_T answers to it: the batch is solved
+  again without a graph, from the same x0 and with the new θ, which gives δx = x_u δθ and the new F
+  at the end. Then Q_Tu δθ = mean_b (N a_b·F_b)(N a_b·δx_b) + Σ_b a_b·(F_new − F)_b. The first term
+  is of the same rank as Q_TT: N a_b·δx_b is the sample's N p_b·δθ of Proposition 2. The second
+  holds what acts on F itself, Φ_x·(F_u + F_x x_u) δθ.
+
+Why solve again: early in training the second term is the larger one, and of opposite sign; close
+to the best T the first is. The product of means Q_T (Σ_b p_b·δθ), which would cost nothing, loses
+it there: the mean of a_b·F_b vanishes at the best T, its products with a_b·δx_b do not.
+
+Averages are taken of T Q_T and T² Q_TT, the derivatives in log T, so that batches seen at different
+T agree in scale. Each batch says: the best T is mine less my Newton step, with precision T² Q_TT;
+T follows the average of these, weighted by precision, in which the k-th batch has the share
+max(p/(k + p − 1), 1 − decay): the memory spans about a p-th of the history, up to its full length.
+So the start is forgotten, steps become smaller, the noise of single batches averages out, and where
+batches carry little curvature (loss near 0) T stays.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchdyn_snopt.curvature.horizon import HorizonWatch, horizon_spec
+from torchdyn_snopt.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from torchdyn_snopt.curvature.horizon import HorizonSample, HorizonSpec
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HorizonPolicy:
+    """Settings of the policy.
+
+    Attributes:
+        lr: η, 1 for full Newton steps.
+        interval: iterations between updates of T; only these cost anything.
+        warm_up: iterations before the first update.
+        decay: of the averages; 1 − decay is the smallest share of a single batch.
+        forgetting: p, how fast the first batches are forgotten; 1 weighs all alike.
+        trust: largest relative change of T in one update.
+        feedback: whether δθ is accounted for, by one further solve without gradients.
+
+    Raises:
+        InvalidInputError: a value out of range.
+    """
+
+    lr: float = 1.0
+    interval: int = 2
+    warm_up: int = 0
+    decay: float = 0.99
+    forgetting: float = 3.0
+    trust: float = 0.15
+    feedback: bool = True
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "lr": (0.0 <= self.lr < math.inf, "a finite number of at least 0"),
+            "interval": (_is_count(self.interval, 1), "a whole number of at least 1"),
+            "warm_up": (_is_count(self.warm_up, 0), "a whole number of at least 0"),
+            "decay": (0.0 <= self.decay < 1.0, "a number in [0, 1)"),
+            "forgetting": (1.0 <= self.forgetting < math.inf, "a finite number of at least 1"),
+            "trust": (0.0 < self.trust < 1.0, "a number in (0, 1)"),
+        }
+        for name, (fine, allowed) in ranges.items():
+            if not fine:
+                raise InvalidInputError(
+                    f"{name} of the horizon's policy is out of range",
+                    got=f"{name}={getattr(self, name)!r}",
+                    allowed=allowed,
+                    do=f"leave {name} at its default",
+                )
+
+    def due(self, step: int) -> bool:
+        """Whether T moves in a step.
+
+        Args:
+            step: finished steps.
+
+        Returns:
+            True if so.
+        """
+        return step >= self.warm_up and (step - self.warm_up) % self.interval == 0
+
+    def settings(self) -> dict[str, float | int | bool]:
+        """As plain values, for a parameter group.
+
+        Returns:
+            A dictionary.
+        """
+        return asdict(self)
+
+
+def horizons_among(params: Iterable[Tensor]) -> list[Tensor]:
+    """Those parameters that are horizons.
+
+    Args:
+        params: any.
+
+    Returns:
+        Them, in their order.
+    """
+    return [p for p in params if horizon_spec(p) is not None]
+
+
+class HorizonMover:
+    """Moves the horizons of an optimizer's groups, and asks for samples when that is due."""
+
+    def __init__(self) -> None:
+        """No groups yet."""
+        self._watches: list[HorizonWatch] = []
+
+    def watch(self, group: Group) -> None:
+        """Take in the optimizer's next group.
+
+        Args:
+            group: its settings; 'horizon' may be a `HorizonPolicy` and becomes plain values.
+        """
+        if isinstance(group["horizon"], HorizonPolicy):
+            group["horizon"] = group["horizon"].settings()
+        watch = HorizonWatch(horizons_among(group["params"]))
+        watch.active = _policy(group).due(group["step"])
+        self._watches.append(watch)
+
+    def forget(self) -> None:
+        """Drop the samples of the last backward pass."""
+        for watch in self._watches:
+            watch.clear()
+
+    def move(
+        self, groups: list[Group], states: Mapping[Tensor, State], names: dict[Tensor, str]
+    ) -> dict[str, float]:
+        """Update every horizon that is due, after θ has moved.
+
+        Args:
+            groups: of the optimizer, their steps counted.
+            states: the optimizer's state.
+            names: of the parameters, for the report.
+
+        Returns:
+            By name: t1, Q_T, Q_TT, and the open-loop and the feedback part of the change of t1
+            before trust region and bounds; with several horizons each name begins with theirs.
+        """
+        due = [
+            (group, watch, horizon)
+            for group, watch in zip(groups, self._watches, strict=True)
+            if watch.active
+            for horizon in horizons_among(group["params"])
+            if horizon.grad is not None
+        ]
+        report: dict[str, float] = {}
+        for group, watch, horizon in due:
+            figures = _Update(horizon, watch.samples(horizon), group).apply(states[horizon])
+            prefix = "" if len(due) == 1 else f"{names[horizon]}."
+            report |= {prefix + name: value for name, value in figures.items()}
+        for group, watch in zip(groups, self._watches, strict=True):
+            watch.clear()
+            watch.active = _policy(group).due(group["step"])
+        return report
+
+
+def _policy(group: Group) -> HorizonPolicy:
+    return HorizonPolicy(**group["horizon"])
+
+
+class _Update:
+    """One update of one horizon."""
+
+    def __init__(self, horizon: Tensor, samples: list[HorizonSample], group: Group) -> None:
+        spec = horizon_spec(horizon)
+        assert spec is not None
+        assert horizon.grad is not None
+        self.horizon, self.policy = horizon, _policy(group)
+        self.spec: HorizonSpec = spec
+        self.sign = -1.0 if group["maximize"] else 1.0
+        self.gradient = self.sign * horizon.grad.item()
+        self.length = horizon.item() - spec.t0
+        passes: dict[int, list[HorizonSample]] = {}
+        for sample in samples:
+            passes.setdefault(sample.task, []).append(sample)
+        self.passes = list(passes.values())
+        count = sum(some[0].slopes.numel() for some in self.passes)
+        self.scale = count if group["reduction"] == "mean" else 1
+
+    def apply(self, state: State) -> dict[str, float]:
+        """Average, take the step, keep within trust region and bounds."""
+        curvature = self.scale * sum(float(_slopes(some).square().sum()) for some in self.passes)
+        if not self.passes:
+            # Solved by another sensitivity: the batch stands in for its samples.
+            penalty = self.sign * self.spec.penalty * self.horizon.item()
+            curvature = (self.gradient - penalty) ** 2
+        curvature += self.spec.penalty
+        feedback = self._feedback() if self.policy.feedback else 0.0
+        share = self._average(state, self.length**2 * curvature)
+        average = state["horizon_curvature"]
+        open_loop, closed = (
+            self._newton(part, average, share) for part in (self.gradient, feedback)
+        )
+        self._move(open_loop + closed)
+        return {
+            "t1": self.horizon.item(),
+            "Q_T": self.sign * self.gradient,
+            "Q_TT": curvature,
+            "t1_open_loop": -open_loop,
+            "t1_feedback": -closed,
+        }
+
+    def _feedback(self) -> float:
+        """Q_Tu δθ."""
+        total = 0.0
+        for some in self.passes:
+            responses = [sample.respond() for sample in some]
+            answered = [response for response in responses if response is not None]
+            if len(answered) < len(responses):
+                return 0.0
+            losses = torch.stack([response.losses.cpu().double() for response in answered]).sum(0)
+            changes = torch.stack([response.slopes.cpu().double() for response in answered]).sum()
+            total += self.scale * float(_slopes(some).dot(losses)) + self.sign * float(changes)
+        return total if math.isfinite(total) else 0.0
+
+    def _average(self, state: State, curvature: float) -> float:
+        """Take T² Q_TT into its average; the share that this batch has in it."""
+        count = int(state.get("horizon_updates", 0)) + 1
+        p = self.policy.forgetting
+        share = max(p / (count + p - 1.0), 1.0 - self.policy.decay)
+        before = float(state.get("horizon_curvature", 0.0))
+        state["horizon_updates"] = count
+        state["horizon_curvature"] = before + share * (curvature - before)
+        return share
+
+    def _newton(self, derivative: float, curvature: float, share: float) -> float:
+        """δT of one part of Q_T, in units of T."""
+        if curvature <= 0.0:
+            return 0.0 if derivative == 0.0 else math.copysign(self.length, derivative)
+        return self.length * self.policy.lr * share * (self.length * derivative) / curvature
+
+    def _move(self, step: float) -> None:
+        limit = self.policy.trust * self.length
+        target = self.spec.t0 + self.length - min(max(step, -limit), limit)
+        self.horizon.fill_(min(max(target, self.spec.bounds[0]), self.spec.bounds[1]))
+
+
+def _slopes(samples: list[HorizonSample]) -> Tensor:
+    """dL/dT of each sample of the batch, summed over the solves of one backward pass."""
+    return torch.stack([sample.slopes.cpu().double() for sample in samples]).sum(0)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
