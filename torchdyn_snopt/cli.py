@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchdyn_snopt.experiments.tables import SummaryTable
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+UNBOUNDED = 10_000  # columns, for measuring how wide a table wants to be
 
 app = typer.Typer(
     name="torchdyn-snopt",
@@ -142,7 +143,8 @@ def _print_table(summary: SummaryTable) -> None:
     """One row per optimizer where that fits, else one column per optimizer."""
     rows = [summary.head, *summary.body()]
     table = _rich_table(summary.title, rows)
-    if Measurement.get(console, console.options, table).maximum > console.width:
+    unbounded = console.options.update(max_width=UNBOUNDED)
+    if Measurement.get(console, unbounded, table).maximum > console.width:
         table = _rich_table(summary.title, [list(column) for column in zip(*rows, strict=True)])
     console.print(table)
 

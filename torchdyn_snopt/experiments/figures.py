@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from torchdyn_snopt.experiments.curves import Array, Run, by_label, running_mean
+
+if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType
 
 PANEL = (6.4, 4.0)  # inches
 POINTS = 400  # of the common grid on which curves over seconds are compared
@@ -26,7 +29,7 @@ class Style:
     """How the curves of one optimizer look."""
 
     color: str
-    line: str | tuple[int, tuple[int, ...]]
+    line: LineStyleType
     marker: str
 
 

@@ -25,7 +25,8 @@ from torchdyn_snopt.experiments.environment import describe_environment
 
 SENSITIVITIES = ("snopt", "adjoint", "autograd")
 LOOSE, TIGHT = 1e-3, 1e-8
-BATCH = 4096
+BATCH = 2048
+WORKER = "torchdyn_snopt.experiments.bench.memory_worker"
 MEGABYTE = 1e6
 
 # glibc keeps freed blocks for later; these settings make it return them, so that the peak of the
@@ -96,9 +97,8 @@ def measure(sensitivity: str, tolerance: float, batch: int, device: torch.device
         MeasurementError: The process failed.
     """
     arguments = [sensitivity, repr(tolerance), str(batch), str(device)]
-    worker = "torchdyn_snopt.experiments.bench.memory_worker"
     finished = subprocess.run(
-        [sys.executable, "-m", worker, *arguments],
+        [sys.executable, "-m", WORKER, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -109,7 +109,7 @@ def measure(sensitivity: str, tolerance: float, batch: int, device: torch.device
             "a measuring process failed",
             got=f"exit status {finished.returncode}: {finished.stderr.strip()[-400:]}",
             allowed="a process with enough memory for the step",
-            do="run it on its own to see why: python -m " + " ".join([worker, *arguments]),
+            do="run it on its own to see why: python -m " + " ".join([WORKER, *arguments]),
         )
     measured: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return {"sensitivity": sensitivity, "tolerance": tolerance, "batch": batch, **measured}

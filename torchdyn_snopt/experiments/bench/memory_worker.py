@@ -9,27 +9,52 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 from torchdyn_snopt.experiments.bench.cases import CASES, loss_of, node_for
 from torchdyn_snopt.experiments.meters import SolveMeter
 
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 WARM_UP_BATCH = 4
 GAIN = 3.0  # on the initial weights: the loose tolerance, too, then takes several steps
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The highest memory that this process has held so far.
+class PeakMeter:
+    """By how much a piece of work raises the memory of this process at its highest."""
 
-    Args:
-        device: Whose memory.
+    def __init__(self, device: torch.device) -> None:
+        """Begin here: earlier peaks are forgotten where the system can forget them.
 
-    Returns:
-        Bytes.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        Args:
+            device: Whose memory.
+        """
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            _forget_peak()
+            self._before = _peak_resident()
+
+    def read(self) -> int:
+        """Bytes between the memory at the beginning and the peak since then."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return _peak_resident() - self._before
+
+
+def _forget_peak() -> None:
+    """Linux can set the peak back to what is resident now; elsewhere the work must exceed it."""
+    if CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5", encoding="ascii")
+
+
+def _peak_resident() -> int:
+    if STATUS.exists():  # getrusage would still tell the peak before it was set back
+        (line,) = [x for x in STATUS.read_text(encoding="ascii").splitlines() if "VmHWM" in x]
+        return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -62,9 +87,9 @@ def measure_step(
         loss_of(node(states, t)).backward()
 
     step(WARM_UP_BATCH)
-    evaluations, peak = meter.evaluations(), peak_bytes(device)
+    evaluations, peak = meter.evaluations(), PeakMeter(device)
     step(batch)
-    return {"bytes": peak_bytes(device) - peak, "nfe": meter.evaluations() - evaluations}
+    return {"bytes": peak.read(), "nfe": meter.evaluations() - evaluations}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from torchdyn_snopt import SNOpt
+from torchdyn_snopt import SNOpt, record_curvature
 from torchdyn_snopt.experiments.bench.adjoint import Step, torchdyn_step
 from torchdyn_snopt.experiments.bench.cases import CASES, Case
 from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
@@ -76,12 +76,19 @@ def _measure_collecting(
     step = torchdyn_step(case, case.field(device), device, "snopt")
     name = f"{case.name}, {sharing}" if case.convolutional else case.name
     plain, collecting = Turn(step, _backward(step, None)), Turn(step, _backward(step, sharing))
-    return {"part": "collecting", "case": name, **_compare(plain, collecting, rounds, device)}
+    measured = _compare(plain, collecting, rounds, device)
+    return {"part": "collecting", "case": name, "layers": _layers(step, sharing), **measured}
+
+
+def _layers(step: Step, sharing: Sharing) -> int:
+    """How many layers a collecting backward solve yields factors for."""
+    with record_curvature(step.module, weight_sharing=sharing) as curvature:
+        step()
+    return len(curvature.factors)
 
 
 def _backward(step: Step, sharing: Sharing | None) -> Contender:
     """The backward solve alone, with or without collecting."""
-    from torchdyn_snopt import record_curvature
 
     def measure(clock: Clock) -> float:
         loss = step.forward()
