@@ -54,9 +54,9 @@ class Classifier(nn.Module):
         self.encoder = nn.Linear(2, 3)
         self.node = NeuralODE(
             Field(),
-            solver="rk4",
+            solver="heun",
             sensitivity=sensitivity,
-            solver_adjoint="rk4",
+            solver_adjoint="heun",
             return_t_eval=False,
         )
         self.norm = nn.LayerNorm(3)

@@ -67,8 +67,8 @@ def test_curvature_is_collected_on_refresh_iterations_only(
         added.clear()
         train(model, optimizer, range(step, step + 1))
         evaluations.append(solve_stats(model.node).nfe_backward)
-        # Each layer of the field once at each of the four stages of rk4, those outside once.
-        assert len(added) == (10 if due else 0)
+        # Each layer of the field once at each of the two stages of heun, those outside once.
+        assert len(added) == (6 if due else 0)
     # A collecting solve evaluates the field as often as a plain one.
     assert len(set(evaluations)) == 1
 
@@ -105,7 +105,7 @@ def test_a_dropped_optimizer_leaves_no_hook_and_no_request(added: list[nn.Module
     assert hooks(model) == 4
     assert len(registry._collectors) == before + 1
     train(model, optimizer, range(1))
-    assert len(added) == 10
+    assert len(added) == 6
     del optimizer
     gc.collect()
     assert hooks(model) == 0
