@@ -9,7 +9,14 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from torchdyn_snopt.adjoint.problem import Field, Method, Problem, SNOptSensitivity, bounded
+from torchdyn_snopt.adjoint.problem import (
+    Field,
+    Method,
+    Problem,
+    SNOptSensitivity,
+    bounded,
+    check_parameters,
+)
 from torchdyn_snopt.adjoint.solve import solve
 from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
@@ -69,7 +76,8 @@ def odeint_snopt(
         adjoint_rtol: relative tolerance of the backward solve; ``rtol`` when None.
         adjoint_atol: absolute tolerance of the backward solve; ``atol`` when None.
         adjoint_method: method of the backward solve; ``method`` when None.
-        adjoint_options: options of the backward solve; ``options`` when None.
+        adjoint_options: options of the backward solve; when None, ``options`` where the method is
+            the same.
         adjoint_params: parameters to differentiate for; all of the module when None.
         sensitivity: how the backward pass is computed; the defaults when None.
         stats: filled with the counts of both solves, if given.
@@ -90,7 +98,7 @@ def odeint_snopt(
         )
     sensitivity = sensitivity or SNOptSensitivity()
     method = method or "dopri5"
-    if adjoint_options is None:
+    if adjoint_options is None and adjoint_method in {None, method}:
         adjoint_options = options
     state, field = _flatten(func, y0, adjoint_params)
     check_state(state)
@@ -132,7 +140,8 @@ def _flatten(
                 allowed="an nn.Module, or adjoint_params=…",
                 do="pass adjoint_params=() if there are none",
             )
-        adjoint_params = roots[0].parameters()
+        adjoint_params = [p for p in roots[0].parameters() if p.requires_grad]
+        check_parameters(adjoint_params)
     parameters = tuple(dict.fromkeys(p for p in adjoint_params if p.requires_grad))
     if isinstance(y0, Tensor):
         return y0, Field(func, parameters, roots)

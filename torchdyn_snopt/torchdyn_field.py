@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 
-from torchdyn_snopt.adjoint.problem import Field
-from torchdyn_snopt.errors import UnsupportedError
+from torchdyn_snopt.adjoint.problem import Field, check_parameters
 
 if TYPE_CHECKING:
     from torchdyn_snopt.adjoint.problem import FieldCallable
@@ -44,27 +43,6 @@ def field_of(model: Any, args: dict[str, Any]) -> Field:
     trainable = tuple(dict.fromkeys(p for p in parameters if p.requires_grad))
     check_parameters(trainable)
     return Field(_callable(model.vf, args), trainable, (model.vf,), cost)
-
-
-def check_parameters(parameters: tuple[Tensor, ...]) -> None:
-    """Refuse parameters that stand in for a module's own during one call only.
-
-    The backward solve evaluates the field again, when `torch.func.functional_call` has put the
-    module's own parameters back; its gradients would be those at other parameters.
-
-    Args:
-        parameters: trainable parameters of a module.
-
-    Raises:
-        UnsupportedError: one of them is no nn.Parameter.
-    """
-    if not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
-        raise UnsupportedError(
-            "the field's parameters are replaced for this call only (torch.func.functional_call)",
-            got="tensors that are no nn.Parameter",
-            allowed="the module's own parameters",
-            do="use sensitivity='autograd', or load the values into the module",
-        )
 
 
 def _callable(vf: nn.Module, args: dict[str, Any]) -> FieldCallable:

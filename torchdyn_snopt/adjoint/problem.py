@@ -20,7 +20,7 @@ from torchdyn_snopt.solvers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torchdyn_snopt.curvature.horizon import HorizonLink
 
@@ -218,6 +218,27 @@ class Problem:
         return abs(self.times[-1] - self.times[0])
 
 
+def check_parameters(parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters that stand in for a module's own during one call only.
+
+    The backward solve evaluates the field again, when `torch.func.functional_call` has put the
+    module's own parameters back; its gradients would be those at other parameters.
+
+    Args:
+        parameters: trainable parameters of a module.
+
+    Raises:
+        UnsupportedError: one of them is no nn.Parameter.
+    """
+    if not all(isinstance(parameter, nn.Parameter) for parameter in parameters):
+        raise UnsupportedError(
+            "the field's parameters are replaced for this call only (torch.func.functional_call)",
+            got="tensors that are no nn.Parameter",
+            allowed="the module's own parameters",
+            do="use sensitivity='autograd', or load the values into the module",
+        )
+
+
 def bounded(tolerances: Tolerances, sensitivity: SNOptSensitivity) -> Tolerances:
     """Tolerances with the step limit of the sensitivity.
 
@@ -234,6 +255,9 @@ def bounded(tolerances: Tolerances, sensitivity: SNOptSensitivity) -> Tolerances
 def segment_times(start: float, stop: float, grid: Sequence[float] | None) -> list[float]:
     """Grid times of one segment, in its direction, without its start and with its end.
 
+    A grid time that differs from an end by no more than the rounding of times in single precision
+    is that end: it makes no step of its own.
+
     Args:
         start: first time.
         stop: last time, on either side.
@@ -243,5 +267,6 @@ def segment_times(start: float, stop: float, grid: Sequence[float] | None) -> li
         At least ``[stop]``.
     """
     low, high = min(start, stop), max(start, stop)
-    inner = [] if grid is None else sorted(t for t in grid if low < t < high)
+    slack = 2e-7 * max(abs(low), abs(high))
+    inner = [] if grid is None else sorted(t for t in grid if low + slack < t < high - slack)
     return [*(inner if start < stop else reversed(inner)), stop]
