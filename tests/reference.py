@@ -95,8 +95,8 @@ def relative_error(value: Tensor | None, reference: Tensor | None) -> float:
         return 0.0 if value is None else float(torch.linalg.vector_norm(value))
     value = torch.zeros_like(reference) if value is None else value
     assert value.shape == reference.shape
-    size = float(torch.linalg.vector_norm(reference))
-    error = float(torch.linalg.vector_norm(value - reference))
+    size = float(torch.linalg.vector_norm(reference.detach()))
+    error = float(torch.linalg.vector_norm((value - reference).detach()))
     return error / size if size else error
 
 
