@@ -29,8 +29,9 @@ def through_a_file(*state_dicts: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-@pytest.mark.parametrize("fallback", ["sgd", "adam"])
-@pytest.mark.parametrize("at", [5, 6], ids=["between refreshes", "at a refresh"])
+@pytest.mark.parametrize(
+    ("fallback", "at"), [("adam", 5), ("sgd", 6)], ids=["between refreshes", "at a refresh"]
+)
 def test_ten_steps_are_five_and_five(preconditioner: str, fallback: str, at: int) -> None:
     whole, reference = make(preconditioner, fallback=fallback)
     first, interrupted = make(preconditioner, fallback=fallback)

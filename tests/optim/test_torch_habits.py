@@ -249,10 +249,14 @@ def test_maximizing_is_minimizing_the_negative(settings) -> None:
 # --- copies ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, 2, 3], ids=["new", "between refreshes", "at a refresh"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_a_copy_goes_on_alike_and_apart(settings, way: str, steps: int) -> None:
-    model = Classifier()
+@pytest.mark.parametrize(
+    ("preconditioner", "steps"),
+    [("kfac", 0), ("ekfac", 2), ("kfe_adam", 3)],
+    ids=["new", "between refreshes", "at a refresh"],
+)
+def test_a_copy_goes_on_alike_and_apart(preconditioner: str, way: str, steps: int) -> None:
+    model, settings = Classifier(), {**SETTINGS, "preconditioner": preconditioner}
     optimizer = SNOpt(model, **settings)
     train(model, optimizer, range(steps))
     pair = (model, optimizer)
