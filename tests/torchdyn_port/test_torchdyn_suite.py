@@ -133,7 +133,7 @@ def test_a_depth_variant_field_trains(solver, order):
 @pytest.mark.usefixtures("float64")
 def test_a_normalizing_flow_has_autograds_gradient(hutchinson):
     torch.manual_seed(2)
-    net = nn.Sequential(nn.Linear(2, 64), nn.ELU(), nn.Linear(64, 2))
+    net = nn.Sequential(nn.Linear(2, 64), nn.Softplus(), nn.Linear(64, 2))
     if hutchinson:
         noise = MultivariateNormal(torch.zeros(2), torch.eye(2))
         flow = nn.Sequential(CNF(net, trace_estimator=hutch_trace, noise_dist=noise))
@@ -141,7 +141,7 @@ def test_a_normalizing_flow_has_autograds_gradient(hutchinson):
         flow = CNF(net)
     x = torch.randn(64, 2)
     gradients = []
-    # Autograd's own gradient is off by 1e-4 at 1e-6: ELU's kinks pass through the trace.
+    # Softplus for torchdyn's ELU, whose kinks in the trace cost autograd itself 1e-4 at 1e-6.
     for sensitivity, tolerance in (("snopt", 1e-6), ("autograd", 1e-9)):
         node = NeuralODE(
             flow,
@@ -159,4 +159,4 @@ def test_a_normalizing_flow_has_autograds_gradient(hutchinson):
             torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())])
         )
     error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
-    assert error <= 5e-5
+    assert error <= 1e-5
