@@ -147,8 +147,8 @@ def test_collecting_reaches_every_layer_at_no_further_evaluation():
 # --- memory ---------------------------------------------------------------------------------------
 
 
-# All four in one process: where the peak can be set back, as on Linux, that changes nothing, and the
-# libraries are started once.
+# All four in one process: where the peak can be set back, as on Linux, that changes nothing, and
+# the libraries are started once.
 MEASURE_ALL = """
 import json, torch
 from torchdyn_snopt.experiments.bench.memory_worker import measure_step
