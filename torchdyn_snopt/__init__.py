@@ -4,6 +4,7 @@ from torchdyn_snopt.adjoint.low_rank import low_rank_adjoint
 from torchdyn_snopt.adjoint.problem import SNOptSensitivity
 from torchdyn_snopt.adjoint.recursive import recursive_adjoint
 from torchdyn_snopt.adjoint.second_order import second_order_adjoint
+from torchdyn_snopt.checks import GradientReport, check_gradient
 from torchdyn_snopt.curvature.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
 from torchdyn_snopt.curvature.record import record_curvature
 from torchdyn_snopt.errors import (
@@ -26,6 +27,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CurvatureError",
     "GaussianNLLLoss",
+    "GradientReport",
     "Horizon",
     "HorizonPolicy",
     "InvalidInputError",
@@ -36,6 +38,7 @@ __all__ = [
     "SolveStats",
     "SolverError",
     "UnsupportedError",
+    "check_gradient",
     "learn_horizon",
     "low_rank_adjoint",
     "odeint_snopt",

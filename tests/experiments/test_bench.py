@@ -153,7 +153,7 @@ MEASURE_ALL = """
 import json, torch
 from torchdyn_snopt.experiments.bench.memory_worker import measure_step
 jobs = [(name, rtol) for name in ("autograd", "snopt") for rtol in (1e-3, 1e-8)]
-print(json.dumps([measure_step(*job, 256, torch.device("cpu")) for job in jobs]))
+print(json.dumps([measure_step(*job, 1024, torch.device("cpu")) for job in jobs]))
 """
 
 
