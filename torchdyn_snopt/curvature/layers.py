@@ -115,7 +115,7 @@ def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharin
     """
     if isinstance(module, nn.Linear):
         rows = _linear_rows(z, batch)
-        if sharing == "reduce":
+        if sharing == "reduce" and rows.positions > 1:
             rows.values = _by_sample(rows).mean(-2)
         return rows
     gather = _mean_patches if sharing == "reduce" else _patches
@@ -165,7 +165,7 @@ def gradient_rows(module: LayerModule, g: Tensor, batch: int, sharing: WeightSha
     """
     if isinstance(module, nn.Linear):
         rows = _linear_rows(g, batch)
-        if sharing == "reduce":
+        if sharing == "reduce" and rows.positions > 1:
             rows.values = _by_sample(rows).sum(-2)
         return rows
     if g.dim() == _space(module) + 1:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,15 +60,21 @@ class Moment:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        rows = torch.stack(self._waiting)
-        if self.one:
-            rows = F.pad(rows, (0, 1), value=1.0)
-        weights = rows.new_tensor(self._weights).view(-1, *(1,) * (rows.dim() - 1))
-        scaled = rows * weights
-        if rows.dim() == 3:
-            self._sum.addmm_(scaled.flatten(0, 1).mT, rows.flatten(0, 1))
+        d = self.width
+        rows = torch.cat(self._waiting, -2)
+        count = rows.shape[-2] // len(self._waiting)
+        weights = rows.new_tensor(self._weights).repeat_interleave(count)
+        left = (rows * weights.unsqueeze(-1)).mT
+        target = self._sum[..., :d, :d]
+        if rows.dim() == 2:
+            target.addmm_(left, rows)
         else:
-            self._sum.add_((scaled.mT @ rows).sum(0))
+            target.baddbmm_(left, rows)
+        if self.one:
+            sums = rows.mT @ weights
+            self._sum[..., :d, d].add_(sums)
+            self._sum[..., d, :d].add_(sums)
+            self._sum[..., d, d] += count * math.fsum(self._weights)
         self._waiting, self._weights = [], []
 
     def _add_large(self, rows: Tensor, weight: float) -> None:
