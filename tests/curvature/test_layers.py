@@ -33,6 +33,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d, all at once": (
         lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (4, 9)
     ),
+    "conv1d, more padding than input": (lambda: nn.Conv1d(2, 3, 5, padding=5), (2, 2)),
+    "conv1d, dilation beyond the input": (
+        lambda: nn.Conv1d(2, 3, 3, dilation=3, padding=3), (2, 2)
+    ),
     "conv2d": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 4)),
     "conv2d, no bias": (lambda: nn.Conv2d(2, 3, 3, bias=False), (2, 5, 4)),
     "conv2d, 1x1": (lambda: nn.Conv2d(3, 2, 1), (3, 2, 3)),

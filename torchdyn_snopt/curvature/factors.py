@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_snopt.curvature.layers import (
+    Rows,
     WeightSharing,
     gradient_rows,
     in_weight_order,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torchdyn_snopt.curvature.layers import LayerModule
+    from torchdyn_snopt.curvature.strips import StripMoment, Strips
 
 CurvatureKind: TypeAlias = Literal["empirical", "mc", "ggn"]
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -107,7 +109,7 @@ class LayerSums:
             bias: whether the bias belongs to the curvature.
         """
         self.module, self.spec, self.bias = module, spec, bias
-        self._a: Moment | None = None
+        self._a: dict[Strips | None, Moment | StripMoment] = {}
         self._b: Moment | None = None
         self._rows = self._row_samples = 0.0  # integrals over time, for the mean over positions
         self._samples = self._batch = self._sample_time = 0.0  # totals over finished passes
@@ -135,15 +137,16 @@ class LayerSums:
         gradients = [rows for use in uses if (rows := self._gradients(use, batch)) is not None]
         self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
         self._row_samples += weight * inputs[0].samples
-        z_rows = [rows.values for rows in inputs]
         if self.spec.weight_sharing == "reduce" and len(uses) > 1:
             positions = sum(rows.positions for rows in inputs)
             shares = [rows.positions / positions for rows in inputs]
-            z_rows = [_total([z * s for z, s in zip(z_rows, shares, strict=True)])]
+            mean = _total([rows.values * s for rows, s in zip(inputs, shares, strict=True)])
+            inputs = [Rows(mean, inputs[0].samples, positions)]
             gradients = [_total(gradients)] if gradients else []
-        for z in z_rows:
-            self._a = self._a or Moment(z, one=self.bias)
-            self._a.add(z, weight)
+        for z in inputs:
+            if z.strips not in self._a:
+                self._a[z.strips] = z.moment(one=self.bias)
+            self._a[z.strips].add(z.values, weight)
         for g in gradients:
             self._b = self._b or Moment(g)
             self._b.add(g, weight if gradient_weight is None else gradient_weight)
@@ -181,7 +184,11 @@ class LayerSums:
         Args:
             other: its sums; not to be used afterwards.
         """
-        self._a = _merge(self._a, other._a)
+        for strips, moment in other._a.items():
+            if strips in self._a:
+                self._a[strips].merge(moment)  # type: ignore[arg-type]  # of one kind
+            else:
+                self._a[strips] = moment
         self._b = _merge(self._b, other._b)
         self._rows += other._rows
         self._row_samples += other._row_samples
@@ -195,7 +202,7 @@ class LayerSums:
         Returns:
             A and B, or None when no pass was finished or no gradient arrived.
         """
-        if self._a is None or self._b is None or self._samples == 0.0:
+        if not self._a or self._b is None or self._samples == 0.0:
             return None
         multiplier = self._batch**2 if self.spec.reduction == "mean" else 1.0
         positions = 1.0
@@ -204,9 +211,9 @@ class LayerSums:
         scale = 1.0
         if self.spec.curvature == "empirical":
             scale = self._samples / self._sample_time
-        a = in_weight_order(self.module, self._a.full() / self._samples)
+        a = _total([moment.full() for moment in self._a.values()]) / self._samples
         return Factors(
-            a,
+            in_weight_order(self.module, a),
             self._b.full() * (multiplier / (self._samples * positions)),
             scale,
         )

@@ -23,6 +23,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from torchdyn_snopt.curvature.moments import Moment
+from torchdyn_snopt.curvature.strips import StripMoment, Strips
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,11 +45,26 @@ class Rows:
         values: ``[rows, features]``, or ``[G, rows, features]`` for a grouped convolution.
         samples: number of samples; 1 for a layer fed without batch dimension.
         positions: rows that each sample contributed before any reduction.
+        strips: set when the values are strips ``[lines, rows, features]`` (or ``[G, ...]``).
     """
 
     values: Tensor
     samples: int
     positions: int
+    strips: Strips | None = None
+
+    def moment(self, *, one: bool) -> Moment | StripMoment:
+        """An empty sum that takes rows like these.
+
+        Args:
+            one: append a 1 to each row.
+
+        Returns:
+            It.
+        """
+        if self.strips is None:
+            return Moment(self.values, one=one)
+        return StripMoment(self.strips, self.values, one=one)
 
 
 def is_supported(module: nn.Module) -> TypeGuard[LayerModule]:
@@ -118,9 +136,11 @@ def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharin
         if sharing == "reduce" and rows.positions > 1:
             rows.values = _by_sample(rows).mean(-2)
         return rows
-    gather = _mean_patches if sharing == "reduce" else _patches
     if z.dim() == 1 + _space(module):
         z = z.unsqueeze(0)
+    if sharing == "expand" and module.stride[0] == 1 and module.kernel_size[0] > 1:
+        return _strips(module, z, batch)
+    gather = _mean_patches if sharing == "reduce" else _patches
     values, samples, positions = gather(module, z)  # [rows, kernel, in]
     if module.groups == 1:
         values = values.flatten(1)
@@ -202,28 +222,65 @@ def _assign(leading: int, positions: int, batch: int) -> tuple[int, int]:
     return 1, positions * leading
 
 
+def _strips(module: Conv, z: Tensor, batch: int) -> Rows:
+    """Patches along all dimensions of space but the first, [lines, N·S', kernel'·in]."""
+    padding, zeros = _padding(module), (0, 0)
+    if module.padding_mode == "zeros":
+        zeros, padding[0] = padding[0], (0, 0)  # lines of zeros need not be there
+    if any(map(any, padding)):
+        z = _pad(module, z, padding)
+    kernel, dilation, lines = module.kernel_size[0], module.dilation[0], z.shape[2]
+    locations = _locations(lines + sum(zeros), kernel, 1, dilation)
+    last = z.movedim(2, 0).movedim(2, -1).contiguous()  # [lines, N, *space', in]
+    values, rest = _unfold(last, module, range(1, _space(module)))
+    if module.groups == 1:
+        values = values.flatten(2)
+    else:
+        values = values.unflatten(-1, (module.groups, -1)).permute(3, 0, 1, 2, 4).flatten(3)
+    samples, positions = _assign(z.shape[0], locations * rest, batch)
+    strips = Strips(kernel, dilation, locations, lines, before=zeros[0])
+    return Rows(values, samples, positions, strips)
+
+
 def _patches(module: Conv, z: Tensor) -> tuple[Tensor, int, int]:
     """All patches [N·S, kernel, in]; channels innermost, so that whole runs are copied."""
-    space = _space(module)
     padding = _padding(module)
     if any(map(any, padding)):
         z = _pad(module, z, padding)
-    last = z.movedim(1, -1).contiguous()
-    strides = last.stride()
-    locations = [
-        _locations(last.shape[1 + i], module.kernel_size[i], module.stride[i], module.dilation[i])
-        for i in range(space)
-    ]
-    size = (last.shape[0], *locations, *module.kernel_size, last.shape[-1])
+    last = z.movedim(1, -1).contiguous().unsqueeze(0)
+    values, positions = _unfold(last, module, range(_space(module)))
+    return values[0], z.shape[0], positions
+
+
+def _unfold(last: Tensor, module: Conv, dimensions: range) -> tuple[Tensor, int]:
+    """Patches along some dimensions of space of a padded input ``[lines, N, *space, in]``.
+
+    Args:
+        last: contiguous; channels innermost, so that whole runs are copied.
+        module: the layer.
+        dimensions: those that are left in ``last``.
+
+    Returns:
+        ``[lines, N·S, kernel, in]``, and S.
+    """
+    outer, inner = last.stride()[:2], last.stride()[2:-1]
+    kernel, steps, dilations = (
+        [sizes[i] for i in dimensions]
+        for sizes in (module.kernel_size, module.stride, module.dilation)
+    )
+    geometry = zip(last.shape[2:-1], kernel, steps, dilations, strict=True)
+    locations = [_locations(*sizes) for sizes in geometry]
+    size = (*last.shape[:2], *locations, *kernel, last.shape[-1])
     stride = (
-        strides[0],
-        *(strides[1 + i] * module.stride[i] for i in range(space)),
-        *(strides[1 + i] * module.dilation[i] for i in range(space)),
+        *outer,
+        *(along * step for along, step in zip(inner, steps, strict=True)),
+        *(along * dilation for along, dilation in zip(inner, dilations, strict=True)),
         1,
     )
-    positions, kernel = math.prod(locations), math.prod(module.kernel_size)
-    rows = last.as_strided(size, stride).reshape(last.shape[0] * positions, kernel, -1)
-    return rows, last.shape[0], positions
+    positions = math.prod(locations)
+    rows = last.as_strided(size, stride)
+    lines, samples, features = last.shape[0], last.shape[1], last.shape[-1]
+    return rows.reshape(lines, samples * positions, math.prod(kernel), features), positions
 
 
 def _mean_patches(module: Conv, z: Tensor) -> tuple[Tensor, int, int]:
