@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -259,7 +260,7 @@ def test_statistics_may_be_used_again() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"event_fn": lambda t, y: y}, UnsupportedError, "events"),
+        ({"event_fn": math.floor}, UnsupportedError, "events"),
         ({"options": {"jump_t": T}}, UnsupportedError, "'jump_t'"),
         ({"method": "rk45"}, InvalidInputError, "'rk45'"),
         ({"adjoint_method": "rk45"}, InvalidInputError, "'rk45'"),
