@@ -15,12 +15,11 @@ Why solve again: early in training the second term is the larger one, and of opp
 to the best T the first is. The product of means Q_T (Σ_b p_b·δθ), which would cost nothing, loses
 it there: the mean of a_b·F_b vanishes at the best T, its products with a_b·δx_b do not.
 
-Averages are taken of T Q_T and T² Q_TT, the derivatives in log T, so that batches seen at different
-T agree in scale. Each batch says: the best T is mine less my Newton step, with precision T² Q_TT;
-T follows the average of these, weighted by precision, in which the k-th batch has the share
-max(p/(k + p − 1), 1 − decay): the memory spans about a p-th of the history, up to its full length.
-So the start is forgotten, steps become smaller, the noise of single batches averages out, and where
-batches carry little curvature (loss near 0) T stays.
+The average is taken of T² Q_TT, the curvature in log T, so that batches seen at different T agree
+in scale. The k-th update has the step size η / (1 + (k/K)³): full Newton steps at first, which
+carry every start to the same T within some updates, then ever shorter ones. They must become
+shorter: as the loss goes to 0 so does Q_T without the penalty, and full steps would follow the
+balance of both down to the lower bound.
 """
 
 from __future__ import annotations
@@ -52,9 +51,10 @@ class HorizonPolicy:
     Attributes:
         lr: η, 1 for full Newton steps.
         interval: iterations between updates of T; only these cost anything.
-        warm_up: iterations before the first update.
-        decay: of the averages; 1 − decay is the smallest share of a single batch.
-        forgetting: p, how fast the first batches are forgotten; 1 weighs all alike.
+        warm_up: iterations before the first update: until the weights have begun to learn, Q_T
+            says little of T.
+        settle: K, updates after which steps become shorter; some 5 to 15 % of those of a training.
+        decay: of the exponential average of T² Q_TT.
         trust: largest relative change of T in one update.
         feedback: whether δθ is accounted for, by one further solve without gradients.
 
@@ -64,10 +64,10 @@ class HorizonPolicy:
 
     lr: float = 1.0
     interval: int = 2
-    warm_up: int = 0
-    decay: float = 0.99
-    forgetting: float = 3.0
-    trust: float = 0.15
+    warm_up: int = 20
+    settle: float = 10.0
+    decay: float = 0.8
+    trust: float = 0.25
     feedback: bool = True
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class HorizonPolicy:
             "interval": (_is_count(self.interval, 1), "a whole number of at least 1"),
             "warm_up": (_is_count(self.warm_up, 0), "a whole number of at least 0"),
             "decay": (0.0 <= self.decay < 1.0, "a number in [0, 1)"),
-            "forgetting": (1.0 <= self.forgetting < math.inf, "a finite number of at least 1"),
+            "settle": (self.settle > 0.0, "a number above 0; infinity for full steps throughout"),
             "trust": (0.0 < self.trust < 1.0, "a number in (0, 1)"),
         }
         for name, (fine, allowed) in ranges.items():
@@ -201,26 +201,26 @@ class _Update:
 
     def apply(self, state: State) -> dict[str, float]:
         """Average, take the step, keep within trust region and bounds."""
-        curvature = self.scale * sum(float(_slopes(some).square().sum()) for some in self.passes)
-        if not self.passes:
-            # Solved by another sensitivity: the batch stands in for its samples.
-            penalty = self.sign * self.spec.penalty * self.horizon.item()
-            curvature = (self.gradient - penalty) ** 2
-        curvature += self.spec.penalty
+        curvature = self._curvature()
+        self._average(state, self.length**2 * curvature)
         feedback = self._feedback() if self.policy.feedback else 0.0
-        share = self._average(state, self.length**2 * curvature)
-        average = state["horizon_curvature"]
-        open_loop, closed = (
-            self._newton(part, average, share) for part in (self.gradient, feedback)
-        )
+        open_loop, closed = (self._newton(part, state) for part in (self.gradient, feedback))
         self._move(open_loop + closed)
         return {
             "t1": self.horizon.item(),
             "Q_T": self.sign * self.gradient,
-            "Q_TT": curvature,
+            "Q_TT": curvature + self.spec.penalty,
             "t1_open_loop": -open_loop,
             "t1_feedback": -closed,
         }
+
+    def _curvature(self) -> float:
+        """Q_TT without the penalty."""
+        if self.passes:
+            return self.scale * sum(float(_slopes(some).square().sum()) for some in self.passes)
+        # Solved by another sensitivity: the batch stands in for its samples.
+        penalty = self.sign * self.spec.penalty * self.horizon.item()
+        return float((self.gradient - penalty) ** 2)
 
     def _feedback(self) -> float:
         """Q_Tu δθ."""
@@ -235,21 +235,22 @@ class _Update:
             total += self.scale * float(_slopes(some).dot(losses)) + self.sign * float(changes)
         return total if math.isfinite(total) else 0.0
 
-    def _average(self, state: State, curvature: float) -> float:
-        """Take T² Q_TT into its average; the share that this batch has in it."""
+    def _average(self, state: State, curvature: float) -> None:
+        """Take T² Q_TT into its average, which starts without bias."""
         count = int(state.get("horizon_updates", 0)) + 1
-        p = self.policy.forgetting
-        share = max(p / (count + p - 1.0), 1.0 - self.policy.decay)
+        decay = self.policy.decay
+        share = (1.0 - decay) / (1.0 - decay**count)
         before = float(state.get("horizon_curvature", 0.0))
         state["horizon_updates"] = count
         state["horizon_curvature"] = before + share * (curvature - before)
-        return share
 
-    def _newton(self, derivative: float, curvature: float, share: float) -> float:
-        """δT of one part of Q_T, in units of T."""
-        if curvature <= 0.0:
-            return 0.0 if derivative == 0.0 else math.copysign(self.length, derivative)
-        return self.length * self.policy.lr * share * (self.length * derivative) / curvature
+    def _newton(self, derivative: float, state: State) -> float:
+        """η δT for one part of Q_T."""
+        lr = self.policy.lr / (1.0 + (state["horizon_updates"] / self.policy.settle) ** 3)
+        curvature = state["horizon_curvature"] + self.length**2 * self.spec.penalty
+        if curvature <= 0.0:  # an exact 0: no sample moves with T
+            return 0.0
+        return float(lr * self.length * (self.length * derivative) / curvature)
 
     def _move(self, step: float) -> None:
         limit = self.policy.trust * self.length
