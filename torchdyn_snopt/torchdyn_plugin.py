@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torchdyn.core import NeuralODE
 from torchdyn.core.problems import MultipleShootingProblem, ODEProblem
 from torchdyn.numerics.solvers import ode as torchdyn_solvers
 
@@ -15,6 +16,7 @@ from torchdyn_snopt.adjoint.problem import Method, Problem, SNOptSensitivity, bo
 from torchdyn_snopt.adjoint.solve import solve
 from torchdyn_snopt.adjoint.state import check_state
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.horizon import Horizon
 from torchdyn_snopt.solvers import DOPRI5, TORCHDYN_NAMES, SolveStats, Tableau, Tolerances
 from torchdyn_snopt.torchdyn_field import field_of
 from torchdyn_snopt.torchdyn_leapfrog import Leapfrog
@@ -47,6 +49,7 @@ def register() -> None:
     _wrap(ODEProblem, "__init__", _checked_init)
     _wrap(ODEProblem, "odeint", _odeint)
     _wrap(MultipleShootingProblem, "odeint", _odeint_shooting)
+    _wrap(NeuralODE, "__repr__", _repr_with_horizon)
     for name, tableau in TORCHDYN_NAMES.items():
         if name not in torchdyn_solvers.SOLVER_DICT:
             torchdyn_solvers.SOLVER_DICT[name] = _factory(tableau)
@@ -118,6 +121,15 @@ def _checked_init(original: Any) -> Any:
             self.vf_params = self.vf_params.detach()
 
     return __init__
+
+
+def _repr_with_horizon(original: Any) -> Any:
+    def __repr__(self: Any) -> str:
+        horizon = getattr(self, "horizon", None)
+        line = f"\n\t- horizon: {horizon!r}" if isinstance(horizon, Horizon) else ""
+        return f"{original(self)}{line}"
+
+    return __repr__
 
 
 def _odeint(original: Any) -> Any:
