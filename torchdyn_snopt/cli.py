@@ -72,6 +72,19 @@ def train(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples per batch. Without it: the task's own.")
     ] = None,
+    learn_horizon: Annotated[
+        str | None,
+        typer.Option(
+            help="How t1 is learned: policy (SNOpt's second-order feedback) or gradient (Adam on "
+            "t1). Without it, t1 stays where it is.",
+        ),
+    ] = None,
+    t1: Annotated[
+        float | None, typer.Option(help="The first or fixed t1. Without it: 1, or the task's own.")
+    ] = None,
+    penalty: Annotated[
+        float, typer.Option(min=0.0, help="c of c/2·t1², added to the loss where t1 is learned.")
+    ] = 0.0,
     out: Annotated[
         Path | None, typer.Option(help="Output folder. Without it: runs/TASK.", file_okay=False)
     ] = None,
@@ -101,6 +114,7 @@ def train(
     """
     from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.configuration import Budget
+    from torchdyn_snopt.experiments.horizons import horizon_choice
     from torchdyn_snopt.experiments.optimizers import parse_specs
     from torchdyn_snopt.experiments.progress import observer_for
     from torchdyn_snopt.experiments.suite import Suite, run_suite
@@ -117,6 +131,7 @@ def train(
             device=_device(device),
             batch_size=batch_size,
             data_dir=data_dir,
+            horizons=[horizon_choice(learn_horizon, t1, penalty)],
         )
         with observer_for(suite, console) as observer:
             results, report = run_suite(suite, [observer], resume=resume, overwrite=overwrite)
@@ -134,8 +149,12 @@ def _show_report(report: Report, out: Path) -> None:
         _print_table(report.table)
         for note in report.table.notes:
             console.print(note, style="dim")
+    _show_files(report.files, out)
+
+
+def _show_files(files: list[Path], out: Path) -> None:
     console.print(f"\nTable and pictures in {out}:")
-    for path in report.files:
+    for path in files:
         console.print(f"  {path}", soft_wrap=True)
 
 
@@ -162,7 +181,7 @@ def _conclude(results: list[RunResult]) -> None:
     """Say how to go on after Ctrl-C, name failures, and leave with the matching exit status."""
     for result in results:
         if result.status == "failed":
-            label = f"{result.config.optimizer.label}, seed {result.config.seed}"
+            label = f"{result.config.label}, seed {result.config.seed}"
             error_console.print(f"{label} failed: {result.reason}", style="red")
     if results and results[-1].status == "interrupted":
         command = " ".join(["torchdyn-snopt", *_resume_arguments(sys.argv[1:])])
@@ -264,6 +283,79 @@ def _show_benchmark(report: BenchReport) -> None:
     for part in report.tables:
         console.print(_rich_table(part.title, [part.head, *part.body]))
     console.print(report.note, style="dim")
+
+
+# --- reproduce ------------------------------------------------------------------------------------
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="fig5: training with fixed t1. fig10: a learned t1 over training, by SNOpt's "
+            "policy and by the gradient. table5: time and accuracy with a learned t1."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="The task to reproduce it on.")] = "digits",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 5,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the data. Without it: the task's own.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(min=0.0, help="c of c/2·t1². Without it: the study's own.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Output folder. Without it: runs/NAME-TASK.", file_okay=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what the output folder holds.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
+    ] = False,
+    device: DeviceOption = "cpu",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with data sets, for tasks that need one.",
+            envvar="TORCHDYN_SNOPT_DATA",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Run a figure or a table of the paper on a task; leaves logs, a table and pictures."""
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.progress import observer_for
+    from torchdyn_snopt.experiments.reproduce import Request, get_reproduction
+    from torchdyn_snopt.experiments.tasks import get_task
+
+    try:
+        study = get_reproduction(name)
+        request = Request(
+            task=get_task(task),
+            out=out or Path("runs") / f"{name}-{task}",
+            seeds=range(seeds),
+            epochs=epochs,
+            penalty=penalty,
+            device=_device(device),
+            data_dir=data_dir,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        with observer_for(study.suite(request), console) as observer:
+            outcome = study.run(request, [observer])
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
+    console.print(_rich_table(outcome.table.title, [outcome.table.head, *outcome.table.body]))
+    for note in outcome.table.notes:
+        console.print(note, style="dim")
+    _show_files(outcome.files, request.out)
+    _conclude(outcome.results)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from torchdyn_snopt.errors import InvalidInputError
+from torchdyn_snopt.experiments.horizons import HorizonChoice
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.runlog import Record
 from torchdyn_snopt.experiments.tasks import Task
@@ -50,6 +51,7 @@ class RunConfig:
         budget: When it is done.
         device: Where it runs.
         batch_size: Samples per iteration; the task's own if None.
+        horizon: How t1 is treated; the model's own horizon if None.
     """
 
     task: Task
@@ -58,6 +60,7 @@ class RunConfig:
     budget: Budget
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
+    horizon: HorizonChoice | None = None
 
     @property
     def samples_per_batch(self) -> int:
@@ -75,7 +78,21 @@ class RunConfig:
             "seed": self.seed,
             "batch_size": self.samples_per_batch,
             "device": self.device.type,
+            **({} if self.horizon is None else {"horizon": self.horizon.describe()}),
         }
+
+    @property
+    def label(self) -> str:
+        """Optimizer and horizon, for tables and legends."""
+        parts = [self.optimizer.label, *([] if self.horizon is None else [self.horizon.label])]
+        return ", ".join(parts)
+
+    @property
+    def slug(self) -> str:
+        """Optimizer and horizon, as the name of a folder."""
+        return "-".join(
+            [self.optimizer.slug, *([] if self.horizon is None else [self.horizon.slug])]
+        )
 
 
 @dataclass

@@ -53,7 +53,7 @@ class _Course:
     @property
     def title(self) -> str:
         assert self.config is not None
-        label, seed = self.config.optimizer.label, self.config.seed
+        label, seed = self.config.label, self.config.seed
         return f"[{self.number}/{self.runs}] {label}, seed {seed}"
 
     def share_done(self, iteration: int, seconds: float) -> float:
@@ -169,4 +169,5 @@ def _live_progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        refresh_per_second=4,  # drawing shares the processor with what is being timed
     )

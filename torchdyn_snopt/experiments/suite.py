@@ -17,6 +17,7 @@ import torch
 from torchdyn_snopt.errors import InvalidInputError, SNOptError
 from torchdyn_snopt.experiments.configuration import Budget, Observer, RunConfig, RunResult
 from torchdyn_snopt.experiments.curves import read_run, run_folders
+from torchdyn_snopt.experiments.horizons import HorizonChoice
 from torchdyn_snopt.experiments.interrupt import stop_on_signal
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.report import Report, write_report
@@ -38,6 +39,7 @@ class Suite:
         device: Where to run.
         batch_size: Samples per iteration; the task's own if None.
         data_dir: A folder with data sets, for tasks that need one.
+        horizons: Ways to treat t1, each run with every optimizer; None leaves it to the model.
     """
 
     task: Task
@@ -48,17 +50,20 @@ class Suite:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
     data_dir: Path | None = None
+    horizons: Sequence[HorizonChoice | None] = (None,)
 
     def runs(self) -> list[tuple[RunConfig, Path]]:
         """Every run with its folder, in the order in which they take place."""
-        return [
-            (self._config(spec, seed), self.out / spec.slug / f"seed-{seed}")
+        configs = [
+            self._config(spec, seed, horizon)
             for seed in self.seeds
             for spec in self.optimizers
+            for horizon in self.horizons
         ]
+        return [(config, self.out / config.slug / f"seed-{config.seed}") for config in configs]
 
-    def _config(self, spec: OptimizerSpec, seed: int) -> RunConfig:
-        return RunConfig(self.task, spec, seed, self.budget, self.device, self.batch_size)
+    def _config(self, spec: OptimizerSpec, seed: int, horizon: HorizonChoice | None) -> RunConfig:
+        return RunConfig(self.task, spec, seed, self.budget, self.device, self.batch_size, horizon)
 
 
 def run_suite(
@@ -81,7 +86,8 @@ def run_suite(
         folder.
     """
     for spec in suite.optimizers:
-        _check_settings(spec, suite.task)
+        for horizon in suite.horizons:
+            _check_settings(spec, horizon, suite.task)
     with locked_folder(suite.out):
         _make_room(suite, resume=resume, overwrite=overwrite)
         results = _run_all(suite, observers, resume)
@@ -100,10 +106,11 @@ def _run_all(suite: Suite, observers: Sequence[Observer], resume: bool) -> list[
     return results
 
 
-def _check_settings(spec: OptimizerSpec, task: Task) -> None:
+def _check_settings(spec: OptimizerSpec, horizon: HorizonChoice | None, task: Task) -> None:
     """Meet a bad learning rate before the first run and not after an hour."""
     try:
-        spec.build(task.build_model(spec.sensitivity, task.tolerance), task)
+        model = task.build_model(spec.sensitivity, task.tolerance)
+        spec.build(model, task) if horizon is None else horizon.prepare(model, spec, task)
     except SNOptError:
         raise
     except (TypeError, ValueError) as error:

@@ -29,6 +29,7 @@ from torchdyn_snopt.experiments.configuration import (
     Status,
 )
 from torchdyn_snopt.experiments.environment import describe_environment
+from torchdyn_snopt.experiments.horizons import AnyOptimizer, penalty_of
 from torchdyn_snopt.experiments.interrupt import StopRequest
 from torchdyn_snopt.experiments.meters import Clock, SolveMeter
 from torchdyn_snopt.experiments.runlog import Record, RunLog
@@ -76,8 +77,7 @@ class TrainingRun:
         self._clock = Clock(config.device)
         _warm_up(config, self.train)
         _seed_everything(config.seed)
-        self.model = _build_model(config)
-        self.optimizer = config.optimizer.build(self.model, config.task)
+        self.model, self.optimizer = _build(config)
         self._meter = SolveMeter(self.model)
         self.position = Position()
 
@@ -189,7 +189,7 @@ class TrainingRun:
             loss = self.config.task.loss(step.outputs, targets)
             between = self._meter.evaluations()
             step.loss = self._finite(loss.item())
-            loss.backward()
+            (loss + penalty_of(self.model)).backward()
             step.nfe_forward += between - before
             step.nfe_backward += self._meter.evaluations() - between
             return step.loss
@@ -275,12 +275,12 @@ class TrainingRun:
     def _begin(self, log: RunLog) -> None:
         # Beside a new log, a checkpoint of an earlier run would be a trap for a later --resume.
         self._checkpoint.unlink(missing_ok=True)
-        task, spec = self.config.task, self.config.optimizer
+        task = self.config.task
         log.write(
             "header",
             format=FORMAT,
             config=self.config.describe(),
-            label=spec.label,
+            label=self.config.label,
             title=task.title,
             **_describe_metric(task.metric),
             target_loss=task.target_loss,
@@ -327,22 +327,24 @@ class _Step:
 def _warm_up(config: RunConfig, train: Samples) -> None:
     """A few steps on a model that is thrown away: libraries start up outside the measured time."""
     _seed_everything(config.seed)
-    model = _build_model(config)
-    optimizer = config.optimizer.build(model, config.task)
+    model, optimizer = _build(config)
     x, y = train.x[: config.samples_per_batch], train.y[: config.samples_per_batch]
     try:
         for _ in range(WARM_UP_STEPS):
             optimizer.zero_grad()
-            config.task.loss(model(x), y).backward()
+            (config.task.loss(model(x), y) + penalty_of(model)).backward()
             optimizer.step()
     except RUN_FAILURES:
         return  # the run itself will meet the same failure, and record it
 
 
-def _build_model(config: RunConfig) -> torch.nn.Module:
+def _build(config: RunConfig) -> tuple[torch.nn.Module, AnyOptimizer]:
     """A new model, its weights drawn on the CPU so that they are the same for every device."""
     model = config.task.build_model(config.optimizer.sensitivity, config.task.tolerance)
-    return model.to(config.device)
+    model = model.to(config.device)
+    if config.horizon is not None:
+        return model, config.horizon.prepare(model, config.optimizer, config.task)
+    return model, config.optimizer.build(model, config.task)
 
 
 def _seed_everything(seed: int) -> None:
@@ -365,7 +367,7 @@ def _describe_metric(metric: Metric | None) -> dict[str, Any]:
     return {"metric": metric.name, "metric_unit": metric.unit, "metric_scale": metric.scale}
 
 
-def _report(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def _report(optimizer: AnyOptimizer) -> dict[str, float]:
     """The figures that an optimizer offers about its last step, as SNOpt does."""
     return {name: float(value) for name, value in getattr(optimizer, "report", {}).items()}
 
