@@ -48,7 +48,7 @@ error_console = Console(stderr=True, markup=False, highlight=False)
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Argument(help="What to train: digits or moons.")],
+    task: Annotated[str, typer.Argument(help="What to train: digits, moons or mnist.")],
     optimizer: Annotated[
         list[str],
         typer.Option(
@@ -302,6 +302,10 @@ def reproduce(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the data. Without it: the task's own.")
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Seconds of training for each run, besides or instead of --epochs."),
+    ] = None,
     penalty: Annotated[
         float | None, typer.Option(min=0.0, help="c of c/2·t1². Without it: the study's own.")
     ] = None,
@@ -339,6 +343,7 @@ def reproduce(
             out=out or Path("runs") / f"{name}-{task}",
             seeds=range(seeds),
             epochs=epochs,
+            seconds=seconds,
             penalty=penalty,
             device=_device(device),
             data_dir=data_dir,

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_the_curvature_in_log_t_is_averaged_and_steps_become_shorter() -> None:
             mover.move([group], {horizon.t1: state}, {})
         share = 0.4 / (1 - 0.6**k)
         average += share * (t1**2 * slope**2 - average)
-        t1 -= t1**2 * gradient / average / (1 + (k / 2) ** 3)
+        t1 -= t1**2 * gradient / average * math.exp(-((k / 2) ** 2))
         assert horizon.t1.item() == pytest.approx(t1, rel=1e-5)
     assert state == {"horizon_updates": 3, "horizon_curvature": pytest.approx(average, rel=1e-5)}
 
@@ -304,9 +305,9 @@ def train(model: Small, optimizer: torch.optim.Optimizer, steps: range) -> list[
 
 def test_without_a_penalty_t1_neither_runs_away_nor_collapses() -> None:
     for t1 in (1.0, 0.05):
-        model = Small(t1)
+        model = Small(t1, bounds=(1e-3, 1e3))
         path = train(model, SNOpt(model), range(150))
-        assert 0.05 <= path[-1] <= 5.0
+        assert 0.05 < min(path[-40:]) < max(path) < 20.0
         last = path[-40:]
         assert (max(last) - min(last)) / path[-1] <= 0.25
 

@@ -174,13 +174,15 @@ class TrainingRun:
             "lr": self.optimizer.param_groups[0]["lr"],
             "nfe_forward": step.nfe_forward,
             "nfe_backward": step.nfe_backward,
-            "t1": self._meter.horizon(),
+            "nfe_update": step.nfe_update,
             **_report(self.optimizer),
+            "t1": self._meter.horizon(),  # of this iteration's solves; the report has the next one
         }
 
     def _step(self, inputs: Tensor, targets: Tensor) -> _Step:
         """Forward, loss, backward and step; some optimizers repeat all but the last."""
         step = _Step()
+        started = self._meter.evaluations()
 
         def differentiate() -> float:
             self.optimizer.zero_grad()
@@ -199,6 +201,8 @@ class TrainingRun:
         else:
             differentiate()
             self.optimizer.step()
+        total = self._meter.evaluations() - started
+        step.nfe_update = total - step.nfe_forward - step.nfe_backward
         return step
 
     def _finite(self, loss: float) -> float:
@@ -322,6 +326,7 @@ class _Step:
     loss: float = math.nan
     nfe_forward: int = 0
     nfe_backward: int = 0
+    nfe_update: int = 0  # inside the optimizer's step: the feedback of a horizon's policy
 
 
 def _warm_up(config: RunConfig, train: Samples) -> None:

@@ -16,10 +16,12 @@ to the best T the first is. The product of means Q_T (Σ_b p_b·δθ), which wou
 it there: the mean of a_b·F_b vanishes at the best T, its products with a_b·δx_b do not.
 
 The average is taken of T² Q_TT, the curvature in log T, so that batches seen at different T agree
-in scale. The k-th update has the step size η / (1 + (k/K)³): full Newton steps at first, which
-carry every start to the same T within some updates, then ever shorter ones. They must become
-shorter: as the loss goes to 0 so does Q_T without the penalty, and full steps would follow the
-balance of both down to the lower bound.
+in scale. The k-th update has the step size η exp(−(k/K)²): full Newton steps at first, which carry
+every start to the same T, then ever shorter ones. They must become shorter: as the loss goes to 0
+so does Q_T without the penalty, and full steps would follow the balance of both down to the lower
+bound. So K decides where on that way T stays, as much as the penalty does. They must be long enough
+before: where the loss has become small, Newton steps of the penalty alone shrink T in proportion,
+and two starts that have not met by then stay apart.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ class HorizonPolicy:
         lr: η, 1 for full Newton steps.
         interval: iterations between updates of T; only these cost anything.
         warm_up: iterations before the first update: until the weights have begun to learn, Q_T
-            says little of T.
-        settle: K, updates after which steps become shorter; some 5 to 15 % of those of a training.
+            says little of T. Keep it short: weights learned at a poor T hold T there.
+        settle: K, updates until steps have shrunk to 37 %; after 2 K updates they are at 2 %, and T
+            stays. About a third of the updates of a training, or less.
         decay: of the exponential average of T² Q_TT.
         trust: largest relative change of T in one update.
         feedback: whether δθ is accounted for, by one further solve without gradients.
@@ -64,10 +67,10 @@ class HorizonPolicy:
 
     lr: float = 1.0
     interval: int = 2
-    warm_up: int = 20
-    settle: float = 10.0
-    decay: float = 0.8
-    trust: float = 0.25
+    warm_up: int = 8
+    settle: float = 30.0
+    decay: float = 0.6
+    trust: float = 0.4
     feedback: bool = True
 
     def __post_init__(self) -> None:
@@ -246,7 +249,7 @@ class _Update:
 
     def _newton(self, derivative: float, state: State) -> float:
         """η δT for one part of Q_T."""
-        lr = self.policy.lr / (1.0 + (state["horizon_updates"] / self.policy.settle) ** 3)
+        lr = self.policy.lr * math.exp(-((state["horizon_updates"] / self.policy.settle) ** 2))
         curvature = state["horizon_curvature"] + self.length**2 * self.spec.penalty
         if curvature <= 0.0:  # an exact 0: no sample moves with T
             return 0.0

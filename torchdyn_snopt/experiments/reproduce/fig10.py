@@ -5,20 +5,28 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from torchdyn_snopt.experiments.curves import Array, Run
 from torchdyn_snopt.experiments.figures import PANEL
 from torchdyn_snopt.experiments.horizons import HorizonChoice, Mode
 from torchdyn_snopt.experiments.reproduce.study import (
+    PENALTY,
     Arms,
+    Column,
     Reproduction,
     Table,
     horizon_path,
-    interval,
     merit,
     merit_title,
+    over_seeds,
+    tabulate,
 )
 
 STARTS = (1.0, 0.05)
-PENALTY = 0.5
+NOTE = (
+    "Trained by SNOpt. Mean ± half of Student's 95 % interval over the seeds. Spread: highest less "
+    "lowest t1 in the last quarter of training, relative to the last one, of the worst seed. Gap: "
+    "difference of the final t1 of the two starts relative to their mean, of the worst seed."
+)
 COLORS: dict[Mode, str] = {"policy": "#009E73", "gradient": "#D55E00"}
 LINES = dict(zip(STARTS, ("-", "--"), strict=True))
 
@@ -29,66 +37,66 @@ def _horizons(penalty: float | None) -> list[HorizonChoice]:
 
 
 def _tabulate(arms: Arms, title: str) -> Table:
-    some = next(iter(arms.values()), [])
-    head = ["t1", "final t1", "spread", "gap between starts", "seeds"]
-    head += [merit_title(some[0])] if some else []
-    body = [
-        [
-            horizon.label,
-            interval([float(horizon_path(run)[-1]) for run in runs], 3),
-            f"{100 * max(_spread(horizon_path(run)) for run in runs):.1f} %",
-            _gap(arms, horizon),
-            str(len(runs)),
-            interval([merit(run) for run in runs], 2),
-        ]
-        for horizon, runs in arms.items()
-    ]
-    return Table(
-        f"{title}: t1 over training",
-        head,
-        body,
-        (
-            "Mean ± half of Student's 95 % interval over the seeds. Spread: highest less lowest t1 "
-            "in the last quarter of training, relative to the final one, of the worst seed. Gap: "
-            "final t1 of the two starts, their difference relative to their mean, of the worst "
-            "seed.",
-        ),
+    columns = (
+        over_seeds("final t1", lambda r: [float(horizon_path(run)[-1]) for run in r], 3),
+        Column("spread", lambda r: f"{100 * max(spread(horizon_path(run)) for run in r):.1f} %"),
+        Column("gap between starts", lambda r: _percent(_gaps(arms, r))),
+        over_seeds(merit_title(arms), lambda r: [merit(run) for run in r], 2),
     )
+    return tabulate(f"{title}: t1 over training", arms, columns, (NOTE,))
 
 
-def _spread(path: np.ndarray) -> float:
+def spread(path: Array) -> float:
+    """How much t1 still moves at the end.
+
+    Args:
+        path: t1 in each iteration.
+
+    Returns:
+        Highest less lowest of the last quarter, relative to the last.
+    """
     last = path[-max(1, len(path) // 4) :]
     return float((last.max() - last.min()) / last[-1])
 
 
-def _gap(arms: Arms, horizon: HorizonChoice) -> str:
-    ends: list[dict[int, float]] = []
-    for other, runs in arms.items():
-        if other.mode == horizon.mode:
-            ends.append({run.seed: float(horizon_path(run)[-1]) for run in runs})
-    if len(ends) != len(STARTS):
-        return "–"
-    gaps = [
-        abs(ends[0][seed] - ends[1][seed]) / ((ends[0][seed] + ends[1][seed]) / 2)
-        for seed in ends[0].keys() & ends[1].keys()
+def _gaps(arms: Arms, runs: list[Run]) -> list[float]:
+    """Difference of the final t1 of both starts, relative to their mean, for each seed."""
+    mode = next(horizon.mode for horizon, some in arms.items() if some is runs)
+    ends = [
+        {run.seed: float(horizon_path(run)[-1]) for run in some}
+        for horizon, some in arms.items()
+        if horizon.mode == mode
     ]
-    return f"{100 * max(gaps):.1f} %" if gaps else "–"
+    if len(ends) != len(STARTS):
+        return []
+    one, other = ends
+    return [
+        abs(one[seed] - other[seed]) / ((one[seed] + other[seed]) / 2)
+        for seed in one.keys() & other.keys()
+    ]
+
+
+def _percent(shares: list[float]) -> str:
+    return f"{100 * max(shares):.1f} %" if shares else "–"
 
 
 def _draw(arms: Arms, title: str) -> Figure:
     figure = Figure(figsize=PANEL, layout="constrained")
     axes = figure.subplots()
     for horizon, runs in arms.items():
-        style = {"color": COLORS[horizon.mode], "linestyle": LINES[horizon.t1]}
+        color, line = COLORS[horizon.mode], LINES[horizon.t1]
         length = min(len(horizon_path(run)) for run in runs)
         paths = np.stack([horizon_path(run)[:length] for run in runs])
         iterations = np.arange(1, length + 1)
-        axes.plot(iterations, np.median(paths, axis=0), label=horizon.label, linewidth=1.8, **style)
+        median = np.median(paths, axis=0)
+        axes.plot(
+            iterations, median, label=horizon.label, color=color, linestyle=line, linewidth=1.8
+        )
         axes.fill_between(
             iterations,
             paths.min(axis=0),
             paths.max(axis=0),
-            color=COLORS[horizon.mode],
+            color=color,
             alpha=0.15,
             linewidth=0,
         )

@@ -13,14 +13,21 @@ from torchdyn_snopt.experiments.reproduce.study import (
     Reproduction,
     Table,
     evaluations,
-    interval,
     merit,
     merit_title,
+    over_seeds,
     ratios,
     seconds,
+    seconds_per_iteration,
+    tabulate,
 )
 
 REFERENCE = 1.0
+NOTE = (
+    "Trained by Adam, as in the paper. Time and field evaluations are of an iteration, relative "
+    f"to t1 = {REFERENCE:g} with the same seed. Mean ± half of Student's 95 % interval over the "
+    "seeds. Seconds are of training alone."
+)
 GRID = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, REFERENCE)
 
 
@@ -30,40 +37,27 @@ def _horizons(penalty: float | None) -> list[HorizonChoice]:
 
 def _tabulate(arms: Arms, title: str) -> Table:
     reference = _reference(arms)
-    head = ["t1", "relative time", "seconds", "NFE per iteration", "seeds"]
-    some = next(iter(arms.values()), [])
-    if some:
-        head.insert(2, merit_title(some[0]))
-    body = [
-        [
-            f"{horizon.t1:g}",
-            interval(ratios(runs, reference), 3),
-            interval([merit(run) for run in runs], 2),
-            interval([seconds(run) for run in runs], 1),
-            interval([evaluations(run) for run in runs], 1),
-            str(len(runs)),
-        ]
-        for horizon, runs in arms.items()
-    ]
-    return Table(
-        f"{title}: training with a fixed t1",
-        head,
-        body,
-        (
-            f"Relative to t1 = {REFERENCE:g} with the same seed and the same number of epochs. "
-            "Mean ± half of Student's 95 % interval over the seeds. Seconds are of training alone.",
-        ),
+    columns = (
+        over_seeds("relative time", lambda r: ratios(r, reference, seconds_per_iteration), 3),
+        over_seeds("relative NFE", lambda r: ratios(r, reference, evaluations), 3),
+        over_seeds(merit_title(arms), lambda r: [merit(run) for run in r], 2),
+        over_seeds("seconds", lambda r: [seconds(run) for run in r], 1),
+        over_seeds("NFE per iteration", lambda r: [evaluations(run) for run in r], 1),
     )
+    return tabulate(f"{title}: training with a fixed t1", arms, columns, (NOTE,))
 
 
 def _draw(arms: Arms, title: str) -> Figure:
     figure = Figure(figsize=(2 * PANEL[0], PANEL[1]), layout="constrained")
     reference = _reference(arms)
-    some = next(iter(arms.values()), [])
-    panels = (
-        ("relative training time [%]", lambda runs: [100 * r for r in ratios(runs, reference)]),
-        (merit_title(some[0]) if some else "", lambda runs: [merit(run) for run in runs]),
-    )
+
+    def relative_time(runs: list[Run]) -> list[float]:
+        return [100 * ratio for ratio in ratios(runs, reference, seconds_per_iteration)]
+
+    def merits(runs: list[Run]) -> list[float]:
+        return [merit(run) for run in runs]
+
+    panels = (("relative training time [%]", relative_time), (merit_title(arms), merits))
     for axes, (label, measure) in zip(figure.subplots(1, 2), panels, strict=True):
         known = [(h.t1, measure(runs)) for h, runs in arms.items() if measure(runs)]
         if known:

@@ -22,6 +22,7 @@ from torchdyn_snopt.experiments.suite import Suite, run_suite
 from torchdyn_snopt.experiments.tasks import Task
 
 CONFIDENCE = 0.95
+PENALTY = 2.0  # c of c/2·t1² where t1 is learned: a t1 of 1 then costs as much as a loss of 1
 DPI = 150
 
 
@@ -33,7 +34,8 @@ class Request:
         task: The task.
         out: The output folder.
         seeds: The seeds.
-        epochs: Passes over the training data; the task's own if None.
+        epochs: Passes over the training data; the task's own if None and no seconds are given.
+        seconds: Seconds of training for each run, besides or instead of epochs.
         penalty: c of c/2·t1² where t1 is learned; the study's own if None.
         device: Where to run.
         data_dir: A folder with data sets, for tasks that need one.
@@ -45,11 +47,18 @@ class Request:
     out: Path
     seeds: Sequence[int] = range(5)
     epochs: int | None = None
+    seconds: float | None = None
     penalty: float | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     data_dir: Path | None = None
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def budget(self) -> Budget:
+        """When each run is done."""
+        limited = self.epochs is not None or self.seconds is not None
+        return Budget(self.epochs if limited else self.task.epochs, self.seconds)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,55 @@ class Table:
         return text.getvalue()
 
 
+Arms = dict[HorizonChoice, list[Run]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity of each arm.
+
+    Attributes:
+        title: With its unit.
+        show: From an arm's runs to the cell.
+    """
+
+    title: str
+    show: Callable[[list[Run]], str]
+
+
+def over_seeds(title: str, measure: Callable[[list[Run]], Sequence[float]], digits: int) -> Column:
+    """A column of means with their intervals.
+
+    Args:
+        title: With its unit.
+        measure: From an arm's runs to one value for each seed.
+        digits: Behind the decimal point.
+
+    Returns:
+        The column.
+    """
+    return Column(title, lambda runs: interval(measure(runs), digits))
+
+
+def tabulate(title: str, arms: Arms, columns: Sequence[Column], notes: tuple[str, ...]) -> Table:
+    """One row for each arm.
+
+    Args:
+        title: Of the table.
+        arms: Its rows.
+        columns: The quantities; the number of seeds follows them.
+        notes: How to read it.
+
+    Returns:
+        The table.
+    """
+    body = [
+        [horizon.label, *(column.show(runs) for column in columns), str(len(runs))]
+        for horizon, runs in arms.items()
+    ]
+    return Table(title, ["t1", *(column.title for column in columns), "seeds"], body, notes)
+
+
 @dataclass(frozen=True)
 class Study:
     """A finished reproduction.
@@ -97,9 +155,6 @@ class Study:
     table: Table
     files: list[Path]
     results: list[RunResult]
-
-
-Arms = dict[HorizonChoice, list[Run]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +188,7 @@ class Reproduction:
             task=request.task,
             optimizers=[OptimizerSpec(self.optimizer)],
             seeds=request.seeds,
-            budget=Budget(request.epochs or request.task.epochs),
+            budget=request.budget,
             out=request.out,
             device=request.device,
             data_dir=request.data_dir,
@@ -189,6 +244,18 @@ def seconds(run: Run) -> float:
     return float(run.steps["seconds"][-1])
 
 
+def seconds_per_iteration(run: Run) -> float:
+    """Seconds of an iteration, on average.
+
+    Args:
+        run: A run.
+
+    Returns:
+        The mean; over the same number of epochs, its ratios are those of `seconds`.
+    """
+    return seconds(run) / float(run.steps["iteration"][-1])
+
+
 def merit(run: Run) -> float:
     """The task's metric on the test set at the end, in percent where it is one; else the loss.
 
@@ -204,21 +271,24 @@ def merit(run: Run) -> float:
     return float(run.header["metric_scale"]) * float(run.epochs[f"test_{metric}"][-1])
 
 
-def merit_title(run: Run) -> str:
+def merit_title(arms: Arms) -> str:
     """The name of `merit`.
 
     Args:
-        run: A run.
+        arms: Runs of one task.
 
     Returns:
-        With its unit.
+        With its unit; empty without runs.
     """
-    metric, unit = run.header["metric"], run.header.get("metric_unit")
+    header = next((run.header for runs in arms.values() for run in runs), None)
+    if header is None:
+        return ""
+    metric, unit = header["metric"], header.get("metric_unit")
     return "test loss" if metric is None else f"test {metric}" + (f" [{unit}]" if unit else "")
 
 
 def evaluations(run: Run) -> float:
-    """Field evaluations of an iteration, forward and backward, on average.
+    """Field evaluations of an iteration on average: forward, backward, and of the policy.
 
     Args:
         run: A run.
@@ -226,7 +296,8 @@ def evaluations(run: Run) -> float:
     Returns:
         The mean.
     """
-    return float(np.mean(run.steps["nfe_forward"] + run.steps["nfe_backward"]))
+    parts = (run.steps[f"nfe_{part}"] for part in ("forward", "backward", "update"))
+    return float(sum(np.mean(part) for part in parts))
 
 
 def horizon_path(run: Run) -> Array:
@@ -241,18 +312,21 @@ def horizon_path(run: Run) -> Array:
     return run.steps["t1"]
 
 
-def ratios(runs: Sequence[Run], references: Sequence[Run]) -> list[float]:
-    """Seconds of runs relative to those of the reference with the same seed.
+def ratios(
+    runs: Sequence[Run], references: Sequence[Run], measure: Callable[[Run], float]
+) -> list[float]:
+    """A measure of runs relative to that of the reference with the same seed.
 
     Args:
         runs: The runs.
         references: The references.
+        measure: Of one run.
 
     Returns:
         One ratio for each seed that both have.
     """
-    known = {run.seed: seconds(run) for run in references}
-    return [seconds(run) / known[run.seed] for run in runs if run.seed in known]
+    known = {run.seed: measure(run) for run in references}
+    return [measure(run) / known[run.seed] for run in runs if run.seed in known]
 
 
 def differences(runs: Sequence[Run], references: Sequence[Run]) -> list[float]:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from torchdyn_snopt.experiments.curves import Run
 from torchdyn_snopt.experiments.figures import PANEL
 from torchdyn_snopt.experiments.horizons import HorizonChoice
 from torchdyn_snopt.experiments.reproduce.study import (
+    PENALTY,
     Arms,
     Reproduction,
     Table,
     differences,
     evaluations,
     horizon_path,
-    interval,
     merit,
     merit_title,
+    over_seeds,
     ratios,
     seconds,
+    seconds_per_iteration,
+    tabulate,
 )
 
 START = 1.0
-PENALTY = 0.5
+NOTE = (
+    "Trained by SNOpt. Time and field evaluations (forward, backward, the policy's own) are of "
+    f"an iteration, relative to t1 = {START:g} with the same seed, and the difference is that to "
+    "its test result. Mean ± half of Student's 95 % interval over the seeds. Seconds are of "
+    "training alone."
+)
 
 
 def _horizons(penalty: float | None) -> list[HorizonChoice]:
@@ -34,41 +43,30 @@ def _horizons(penalty: float | None) -> list[HorizonChoice]:
 
 
 def _tabulate(arms: Arms, title: str) -> Table:
-    fixed = next((runs for horizon, runs in arms.items() if horizon.mode == "fixed"), [])
-    head = ["t1", "relative time", "change", "seconds", "NFE per iteration", "final t1", "seeds"]
-    if fixed:
-        head.insert(2, merit_title(fixed[0]))
-    body = [
-        [
-            horizon.label,
-            interval(ratios(runs, fixed), 3),
-            interval([merit(run) for run in runs], 2),
-            interval(differences(runs, fixed), 2),
-            interval([seconds(run) for run in runs], 1),
-            interval([evaluations(run) for run in runs], 1),
-            interval([float(horizon_path(run)[-1]) for run in runs], 3),
-            str(len(runs)),
-        ]
-        for horizon, runs in arms.items()
-    ]
-    return Table(
-        f"{title}: training with a learned t1",
-        head,
-        body if fixed else [],
-        (
-            f"Relative to t1 = {START:g} with the same seed and the same number of epochs. Mean ± "
-            "half of Student's 95 % interval over the seeds. Seconds are of training alone.",
-        ),
+    fixed = _fixed(arms)
+    columns = (
+        over_seeds("relative time", lambda r: ratios(r, fixed, seconds_per_iteration), 3),
+        over_seeds("relative NFE", lambda r: ratios(r, fixed, evaluations), 3),
+        over_seeds(merit_title(arms), lambda r: [merit(run) for run in r], 2),
+        over_seeds("difference", lambda r: differences(r, fixed), 2),
+        over_seeds("seconds", lambda r: [seconds(run) for run in r], 1),
+        over_seeds("NFE per iteration", lambda r: [evaluations(run) for run in r], 1),
+        over_seeds("final t1", lambda r: [float(horizon_path(run)[-1]) for run in r], 3),
     )
+    return tabulate(f"{title}: training with a learned t1", arms, columns, (NOTE,))
 
 
 def _draw(arms: Arms, title: str) -> Figure:
     figure = Figure(figsize=(2 * PANEL[0], PANEL[1]), layout="constrained")
-    fixed = next((runs for horizon, runs in arms.items() if horizon.mode == "fixed"), [])
-    panels = (
-        ("training time relative to t1 = 1", lambda runs: ratios(runs, fixed)),
-        (merit_title(fixed[0]) if fixed else "", lambda runs: [merit(run) for run in runs]),
-    )
+    fixed = _fixed(arms)
+
+    def relative_time(runs: list[Run]) -> list[float]:
+        return [100 * ratio for ratio in ratios(runs, fixed, seconds_per_iteration)]
+
+    def merits(runs: list[Run]) -> list[float]:
+        return [merit(run) for run in runs]
+
+    panels = (("training time relative to t1 = 1 [%]", relative_time), (merit_title(arms), merits))
     for axes, (label, measure) in zip(figure.subplots(1, 2), panels, strict=True):
         for place, runs in enumerate(arms.values()):
             values = measure(runs)
@@ -82,6 +80,10 @@ def _draw(arms: Arms, title: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{title}: each dot is a seed, each bar a mean")
     return figure
+
+
+def _fixed(arms: Arms) -> list[Run]:
+    return next((runs for horizon, runs in arms.items() if horizon.mode == "fixed"), [])
 
 
 STUDY = Reproduction("table5", "snopt", _horizons, _tabulate, _draw)
