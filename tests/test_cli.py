@@ -94,6 +94,29 @@ def test_seconds_alone_are_a_budget(tmp_path):
     assert len(read_runs(tmp_path)[0].steps["iteration"]) == 1
 
 
+@pytest.mark.usefixtures("_no_pictures")
+def test_the_horizon_is_learned_as_asked(tmp_path):
+    options = ["--optimizer", "snopt", "--t1", 0.5, "--penalty", 0.1, "--epochs", 1]
+    for mode in ("policy", "gradient"):
+        out = tmp_path / mode
+        result = invoke("train", "tiny", "--learn-horizon", mode, *options, "--out", out)
+        assert result.exit_code == 0, result.output
+        (run,) = read_runs(out)
+        wanted = {"mode": mode, "t1": 0.5, "penalty": 0.1, "lr": 0.01}
+        assert run.header["config"]["horizon"] == wanted
+        assert run.steps["t1"][0] == 0.5
+    wrong = invoke("train", "tiny", "--learn-horizon", "policy", "--optimizer", "sgd")
+    assert wrong.exit_code == 2
+    assert "only SNOpt has a feedback policy" in plain(wrong.output)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_fixed_horizon_needs_t1_alone(tmp_path):
+    options = ["--optimizer", "sgd", "--t1", 0.25, "--epochs", 1, "--out", tmp_path]
+    assert invoke("train", "tiny", *options).exit_code == 0
+    assert set(read_runs(tmp_path)[0].steps["t1"]) == {0.25}
+
+
 def interrupt_at(iteration, monkeypatch, signals=1):
     """Ctrl-C in the middle of one iteration, once or more often."""
     iterate = TrainingRun._iterate
@@ -170,7 +193,7 @@ def test_if_every_run_fails_so_does_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "no such task got: 'nonsense' allowed: digits, moons, tiny"),
+        (["nonsense"], "no such task got: 'nonsense' allowed: digits, moons, mnist, tiny"),
         (["tiny", "--optimizer", "adagrad"], "no such optimizer got: 'adagrad'"),
         (["tiny", "--optimizer", "adam:rate=1"], "adam has no such setting got: rate"),
         (["tiny", "--optimizer", "sgd:lr=-1"], "SGD does not accept these settings"),
@@ -230,6 +253,31 @@ def test_a_full_disk_ends_the_command_with_what_to_do(tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "checkpoint.pt: No space left on device" in plain(result.output)
     assert "--resume" in result.output
+
+
+# --- reproduce ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_a_reproduction_prints_its_table_and_goes_on(tmp_path):
+    out = tmp_path / "out"
+    words = ["reproduce", "table5", "--task", "tiny", "--epochs", 1, "--penalty", 0.5, "--out", out]
+    result = invoke(*words, "--seeds", 1)
+    assert result.exit_code == 0, result.output
+    assert "[3/3] SNOpt, policy from t1=1, c=0.5, seed 0" in plain(result.output)
+    assert "difference" in plain(result.output)
+    assert "table5.png" in result.output.replace("\n", "")
+    refused = invoke(*words, "--seeds", 2)
+    assert refused.exit_code == 2
+    assert "--resume" in refused.output
+    assert invoke(*words, "--seeds", 2, "--resume").exit_code == 0
+    assert len(read_runs(out)) == 6
+
+
+def test_an_unknown_reproduction_is_refused():
+    result = invoke("reproduce", "fig99")
+    assert result.exit_code == 2
+    assert "fig5, fig10, table5" in plain(result.output)
 
 
 # --- bench and the rest ---------------------------------------------------------------------------

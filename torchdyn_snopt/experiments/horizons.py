@@ -55,7 +55,7 @@ class HorizonChoice:
         """For tables and legends."""
         if self.mode == "fixed":
             return f"t1={self.t1:g}"
-        return f"{self.mode} from t1={self.t1:g}"
+        return f"{self.mode} from t1={self.t1:g}, c={self.penalty:g}"
 
     @property
     def slug(self) -> str:
