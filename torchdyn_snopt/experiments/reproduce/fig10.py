@@ -28,6 +28,7 @@ NOTE = (
     "difference of the final t1 of the two starts relative to their mean, of the worst seed."
 )
 COLORS: dict[Mode, str] = {"policy": "#009E73", "gradient": "#D55E00"}
+MARKERS: dict[Mode, str] = {"policy": "o", "gradient": "s"}
 LINES = dict(zip(STARTS, ("-", "--"), strict=True))
 
 
@@ -90,7 +91,15 @@ def _draw(arms: Arms, title: str) -> Figure:
         iterations = np.arange(1, length + 1)
         median = np.median(paths, axis=0)
         axes.plot(
-            iterations, median, label=horizon.label, color=color, linestyle=line, linewidth=1.8
+            iterations,
+            median,
+            label=horizon.label,
+            color=color,
+            linestyle=line,
+            linewidth=1.8,
+            marker=MARKERS[horizon.mode],
+            markevery=max(1, length // 8),
+            markersize=4.5,
         )
         axes.fill_between(
             iterations,
