@@ -105,6 +105,7 @@ def test_the_horizon_is_learned_as_asked(tmp_path):
         wanted = {"mode": mode, "t1": 0.5, "penalty": 0.1, "lr": 0.01}
         assert run.header["config"]["horizon"] == wanted
         assert run.steps["t1"][0] == 0.5
+        assert f"t1 {run.steps['t1'][-1]:.3g}" in result.output
     wrong = invoke("train", "tiny", "--learn-horizon", "policy", "--optimizer", "sgd")
     assert wrong.exit_code == 2
     assert "only SNOpt has a feedback policy" in plain(wrong.output)

@@ -77,6 +77,14 @@ class _Course:
             parts.append(f"{prefix}{metric.name} {value:.1f}{metric.unit}")
         return "  ".join(parts).replace("_", " ")
 
+    def solves(self, record: Record) -> str:
+        """Field evaluations of an iteration, and t1 where the run has chosen it."""
+        assert self.config is not None
+        nfe = f"NFE {record['nfe_forward']}+{record['nfe_backward']}"
+        if self.config.horizon is None or record["t1"] is None:
+            return nfe
+        return f"{nfe}  t1 {record['t1']:.3g}"
+
 
 class PlainLines:
     """One line per epoch, for files and pipes."""
@@ -99,7 +107,7 @@ class PlainLines:
 
     def stepped(self, record: Record) -> None:
         """An iteration is done."""
-        self._nfe = f"NFE {record['nfe_forward']}+{record['nfe_backward']}"
+        self._nfe = self._course.solves(record)
 
     def evaluated(self, record: Record) -> None:
         """An evaluation is done."""
@@ -140,7 +148,7 @@ class LiveBars:
 
     def stepped(self, record: Record) -> None:
         """An iteration is done."""
-        nfe = f"NFE {record['nfe_forward']}+{record['nfe_backward']}"
+        nfe = self._course.solves(record)
         self._progress.update(
             self._bar,
             completed=self._course.share_done(record["iteration"], record["seconds"]),
