@@ -17,11 +17,11 @@ it there: the mean of a_b·F_b vanishes at the best T, its products with a_b·δ
 
 The average is taken of T² Q_TT, the curvature in log T, so that batches seen at different T agree
 in scale. The k-th update has the step size η exp(−(k/K)²): full Newton steps at first, which carry
-every start to the same T, then ever shorter ones. They must become shorter: as the loss goes to 0
-so does Q_T without the penalty, and full steps would follow the balance of both down to the lower
-bound. So K decides where on that way T stays, as much as the penalty does. They must be long enough
-before: where the loss has become small, Newton steps of the penalty alone shrink T in proportion,
-and two starts that have not met by then stay apart.
+every start to the same T, then ever shorter ones, in the end none. They must become shorter: as the
+loss goes to 0 so does Q_T without the penalty, and full steps would follow the balance of both down
+to the lower bound. So K decides where on that way T stays, as much as the penalty does. And they
+must be long enough before: where the loss has become small, Newton steps of the penalty alone
+shrink T in proportion, and two starts that have not met by then stay apart.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     from torchdyn_snopt.curvature.horizon import HorizonSample, HorizonSpec
 
+SMALLEST_SHARE = 0.02  # of a full step: shorter ones move T less than its noise, at the same cost
+
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -55,8 +57,9 @@ class HorizonPolicy:
         interval: iterations between updates of T; only these cost anything.
         warm_up: iterations before the first update: until the weights have begun to learn, Q_T
             says little of T. Keep it short: weights learned at a poor T hold T there.
-        settle: K, updates until steps have shrunk to 37 %; after 2 K updates they are at 2 %, and T
-            stays. About a third of the updates of a training, or less.
+        settle: K, updates until steps have shrunk to 37 %. Those below 2 %, after 2 K updates,
+            are no longer taken, nor paid for: T stays. About a third of the updates of a training,
+            or less.
         decay: of the exponential average of T² Q_TT.
         trust: largest relative change of T in one update.
         feedback: whether δθ is accounted for, by one further solve without gradients.
@@ -100,7 +103,19 @@ class HorizonPolicy:
         Returns:
             True if so.
         """
-        return step >= self.warm_up and (step - self.warm_up) % self.interval == 0
+        updates, between = divmod(step - self.warm_up, self.interval)
+        return updates >= 0 and not between and self.share(updates + 1) >= SMALLEST_SHARE
+
+    def share(self, update: int) -> float:
+        """What an update takes of a full step.
+
+        Args:
+            update: its number, from 1.
+
+        Returns:
+            exp(−(k/K)²).
+        """
+        return math.exp(-((update / self.settle) ** 2))
 
     def settings(self) -> dict[str, float | int | bool]:
         """As plain values, for a parameter group.
@@ -249,7 +264,7 @@ class _Update:
 
     def _newton(self, derivative: float, state: State) -> float:
         """η δT for one part of Q_T."""
-        lr = self.policy.lr * math.exp(-((state["horizon_updates"] / self.policy.settle) ** 2))
+        lr = self.policy.lr * self.policy.share(state["horizon_updates"])
         curvature = state["horizon_curvature"] + self.length**2 * self.spec.penalty
         if curvature <= 0.0:  # an exact 0: no sample moves with T
             return 0.0
