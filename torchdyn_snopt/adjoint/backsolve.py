@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchdyn_snopt.adjoint.batched import batched_gradients
+from torchdyn_snopt.adjoint.free_columns import free_columns, with_owner
 from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
 from torchdyn_snopt.adjoint.problem import segment_times
 from torchdyn_snopt.adjoint.weighted import WeightedSum
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
     from torch.autograd.graph import GradientEdge
 
     from torchdyn_snopt.adjoint.forward import Trajectory
+    from torchdyn_snopt.adjoint.free_columns import FreeColumns
     from torchdyn_snopt.adjoint.problem import Problem
     from torchdyn_snopt.curvature.factors import Use
     from torchdyn_snopt.curvature.layers import LayerModule
+    from torchdyn_snopt.curvature.recording import Owner
     from torchdyn_snopt.curvature.registry import Collector
+    from torchdyn_snopt.curvature.seeds import Source
 
-Uses = dict["LayerModule", "list[Use]"]
+Uses = dict["Owner", "list[Use]"]
 
 
 class AdjointSystem(System):
@@ -48,6 +52,7 @@ class AdjointSystem(System):
         sums: PassSums,
         tape: LayerTape,
         rank: int = 0,
+        free: FreeColumns | None = None,
     ) -> None:
         """Set up.
 
@@ -57,8 +62,9 @@ class AdjointSystem(System):
             sums: takes the curvature of this pass.
             tape: records the layers that somebody wants; idle if nobody does.
             rank: R, the number of columns.
+            free: gives the columns p of parameters that no layer owns, if they are wanted.
         """
-        self.rank = rank
+        self.rank, self.free = rank, free
         self.field, self.shape, self.n = problem.field, shape, math.prod(shape)
         self.problem = problem
         tableau = problem.backward.tableau
@@ -135,7 +141,11 @@ class AdjointSystem(System):
             out[:n].view(shape).copy_(f.detach())
             _write_negative(gradients[0], out[n : 2 * n])
         end = 1 + len(thetas)
-        return list(gradients[1:end]), group_uses(records, gradients[end:], columns)
+        uses = group_uses(records, gradients[end:], columns)
+        if self.free is not None and curvature:
+            q = y[2 * n :].view(self.rank, *shape)
+            uses.update(self.free.uses(t, x, q, records, columns))
+        return list(gradients[1:end]), uses
 
     def _column_products(
         self, f: Tensor, x: Tensor, q: Tensor, edges: list[GradientEdge], out: Tensor | None
@@ -261,6 +271,7 @@ def solve_backward(
     *,
     time_gradients: bool,
     columns: Tensor | None = None,
+    ranks: dict[Source, int] | None = None,
 ) -> Gradients:
     """Integrate x and a from t1 to t0, and with them the columns if there are any.
 
@@ -272,6 +283,7 @@ def solve_backward(
         time_gradients: whether dL/dt is needed.
         columns: seeds of the terminal curvature at each time ``[R, T, *x.shape]``, or None; they
             are no part of the error norm.
+        ranks: number of columns of each source.
 
     Returns:
         The gradients.
@@ -279,10 +291,11 @@ def solve_backward(
     states, times = trajectory.states, problem.times
     shape = states.shape[1:]
     n = math.prod(shape)
-    sums = PassSums(wanted, problem.batch)
     tape = LayerTape()
+    free = free_columns(problem, tape, shape) if columns is not None else None
+    sums = PassSums(with_owner(wanted, free), problem.batch, ranks)
     rank = 0 if columns is None else len(columns)
-    system = AdjointSystem(problem, shape, sums, tape, rank)
+    system = AdjointSystem(problem, shape, sums, tape, rank, free)
 
     def arriving(i: int) -> Tensor:
         """What the loss adds to (a, q) at a time."""
@@ -320,7 +333,7 @@ def solve_backward(
             if problem.field.running_cost is not None:
                 dt[-1] += problem.field.cost(times[-1], states[-1])
                 dt[0] -= problem.field.cost(times[0], states[0])
-    sums.deliver(problem.horizon)
+    sums.deliver(times[-1] - times[0])
     parameters = system.total.total or [None] * len(problem.field.parameters)
     adjoints = (y[n:] + arriving(0)).view(1 + rank, *shape)
     return Gradients(adjoints[0], dt, parameters, adjoints[1:] if rank else None)

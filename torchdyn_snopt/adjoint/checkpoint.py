@@ -8,11 +8,12 @@ each; the graph of a single step lives at a time.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from torchdyn_snopt.adjoint.batched import batched_gradients
+from torchdyn_snopt.adjoint.free_columns import free_columns, with_owner
 from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
 from torchdyn_snopt.adjoint.weighted import WeightedSum
 from torchdyn_snopt.curvature.recording import LayerTape, PassSums, Record, group_uses
@@ -22,18 +23,36 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from torch.autograd.graph import GradientEdge
 
     from torchdyn_snopt.adjoint.forward import Checkpoint, Trajectory
+    from torchdyn_snopt.adjoint.free_columns import FreeColumns
     from torchdyn_snopt.adjoint.problem import Problem
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
+    from torchdyn_snopt.curvature.seeds import Source
+
+
+class _Stage(NamedTuple):
+    """One evaluation of the field within a step: its weight, where it was, and what it gave."""
+
+    b: float
+    t: float | Tensor
+    x: Tensor
+    f: Tensor
+    records: list[Record]
 
 
 class Replay:
     """Differentiates the accepted steps of one solve."""
 
     def __init__(
-        self, problem: Problem, shape: torch.Size, sums: PassSums, tape: LayerTape
+        self,
+        problem: Problem,
+        shape: torch.Size,
+        sums: PassSums,
+        tape: LayerTape,
+        free: FreeColumns | None = None,
     ) -> None:
         """Set up.
 
@@ -42,8 +61,10 @@ class Replay:
             shape: of the state.
             sums: takes the curvature.
             tape: records the wanted layers.
+            free: gives the columns p of parameters that no layer owns, if they are wanted.
         """
         self.problem, self.shape, self.sums, self.tape = problem, shape, sums, tape
+        self.free = free
         self.tableau = problem.forward.tableau
         self.total = WeightedSum()
         #: Columns of the loss's curvature, pulled back along with a, or None.
@@ -66,22 +87,17 @@ class Replay:
         x = saved.y.view(self.shape).detach().requires_grad_()
         with torch.enable_grad():
             t, dt = self._scaled(saved, ends)
-            x1, cost, records = self._forward(t, dt, x)
-        flat = [record for _, stage in records for record in stage]
-        inputs = (x, *field.parameters, *(ends or ()), *(record.edge for record in flat))
+            x1, cost, stages = self._forward(t, dt, x)
+        edges = [record.edge for stage in stages for record in stage.records]
+        inputs = (x, *field.parameters, *(ends or ()), *edges)
         outputs, seeds = [x1], [a]
         if cost is not None:
             outputs.append(cost)
             seeds.append(torch.ones_like(cost))
         gradients = vector_jacobian(outputs, inputs, seeds, retain_graph=self.columns is not None)
-        columns: Sequence[Tensor | None] = [None] * len(flat)
-        if self.columns is not None:
-            edges = [record.edge for record in flat]
-            of_x, *columns = batched_gradients(x1, [x, *edges], self.columns)
-            self.columns = torch.zeros_like(self.columns) if of_x is None else of_x
         n_params, n_ends = len(field.parameters), len(ends or ())
         self.total.add(gradients[1 : 1 + n_params], 1.0)
-        self._collect(records, gradients[1 + n_params + n_ends :], columns, abs(saved.dt))
+        self._collect(stages, gradients[1 + n_params + n_ends :], x1, x, abs(saved.dt))
         a0 = torch.zeros_like(a) if gradients[0] is None else gradients[0]
         return a0, list(gradients[1 + n_params : 1 + n_params + n_ends])
 
@@ -98,45 +114,67 @@ class Replay:
 
     def _forward(
         self, t: float | Tensor, dt: float | Tensor, x: Tensor
-    ) -> tuple[Tensor, Tensor | None, list[tuple[float, list[Record]]]]:
+    ) -> tuple[Tensor, Tensor | None, list[_Stage]]:
         tableau, field = self.tableau, self.problem.field
-        k: list[Tensor] = []
-        records: list[tuple[float, list[Record]]] = []
+        stages: list[_Stage] = []
         cost: Tensor | None = None
-        stages = tableau.stages - 1 if tableau.fsal else tableau.stages
-        for i in range(stages):
+        count = tableau.stages - 1 if tableau.fsal else tableau.stages
+        for i in range(count):
             stage_x = x
-            for a_ij, k_j in zip(tableau.a[i], k, strict=True):
+            for a_ij, earlier in zip(tableau.a[i], stages, strict=False):
                 if a_ij != 0.0:
-                    stage_x = stage_x + (a_ij * dt) * k_j
+                    stage_x = stage_x + (a_ij * dt) * earlier.f
             stage_t = t + tableau.c[i] * dt
-            k.append(field(stage_t, stage_x))
-            records.append((tableau.b[i], self.tape.take()))
+            f = field(stage_t, stage_x)
+            stages.append(_Stage(tableau.b[i], stage_t, stage_x, f, self.tape.take()))
             if field.running_cost is not None and tableau.b[i] != 0.0:
                 part = (tableau.b[i] * dt) * field.cost(stage_t, stage_x)
                 cost = part if cost is None else cost + part
-        self.problem.stats.backward.nfe += stages
+        self.problem.stats.backward.nfe += count
         x1 = x
-        for b_i, k_i in zip(tableau.b, k, strict=False):
-            if b_i != 0.0:
-                x1 = x1 + (b_i * dt) * k_i
-        return x1, cost, records
+        for stage in stages:
+            if stage.b != 0.0:
+                x1 = x1 + (stage.b * dt) * stage.f
+        return x1, cost, stages
 
     def _collect(
         self,
-        records: list[tuple[float, list[Record]]],
+        stages: list[_Stage],
         gradients: Sequence[Tensor | None],
-        columns: Sequence[Tensor | None],
+        x1: Tensor,
+        x: Tensor,
         dt: float,
     ) -> None:
-        """The gradient at stage i is dt bᵢ g, so that B takes it with weight 1/(dt bᵢ)."""
+        """The gradient at stage i is dt bᵢ g, so that B takes it with weight 1/(dt bᵢ).
+
+        Columns p take it as it is, and from stages with bᵢ = 0 too: theirs is the exact derivative.
+        """
+        columns, at_stages = self._pull_columns(stages, x1, x)
         start = 0
-        for b, stage in records:
-            stop = start + len(stage)
-            if b != 0.0 and stage:
-                uses = group_uses(stage, gradients[start:stop], columns[start:stop])
-                self.sums.add(uses, b * dt, 1.0 / (b * dt))
+        for stage, q in zip(stages, at_stages, strict=True):
+            stop = start + len(stage.records)
+            if (stage.b != 0.0 or self.sums.per_sample) and (stage.records or self.free):
+                seen = columns[start:stop]
+                uses = group_uses(stage.records, gradients[start:stop], seen)
+                if self.free is not None and q is not None:
+                    t = float(stage.t)
+                    uses.update(self.free.uses(t, stage.x, q, stage.records, seen))
+                carried = 1.0 / (stage.b * dt) if stage.b != 0.0 else 0.0
+                self.sums.add(uses, stage.b * dt, carried)
             start = stop
+
+    def _pull_columns(
+        self, stages: list[_Stage], x1: Tensor, x: Tensor
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Pull the columns through the step; return them at layers' outputs and at stages."""
+        edges: list[Tensor | GradientEdge] = [r.edge for stage in stages for r in stage.records]
+        if self.columns is None:
+            return [None] * len(edges), [None] * len(stages)
+        targets: list[Tensor | GradientEdge] = [] if self.free is None else [s.f for s in stages]
+        of_x, *pulled = batched_gradients(x1, [x, *edges, *targets], self.columns)
+        self.columns = torch.zeros_like(self.columns) if of_x is None else of_x
+        at_stages = pulled[len(edges) :] if targets else [None] * len(stages)
+        return pulled[: len(edges)], at_stages
 
 
 def replay_backward(
@@ -147,6 +185,7 @@ def replay_backward(
     *,
     time_gradients: bool,
     columns: Tensor | None = None,
+    ranks: dict[Source, int] | None = None,
 ) -> Gradients:
     """Differentiate the discrete solution.
 
@@ -157,6 +196,7 @@ def replay_backward(
         wanted: layers whose curvature is to be collected, with their takers.
         time_gradients: whether dL/dt is needed.
         columns: seeds of the terminal curvature at each time ``[R, T, *x.shape]``, or None.
+        ranks: number of columns of each source.
 
     Returns:
         The gradients.
@@ -165,9 +205,10 @@ def replay_backward(
         SolverError: a gradient is not finite.
     """
     times = problem.times
-    sums = PassSums(wanted, problem.batch)
-    tape = LayerTape()
-    replay = Replay(problem, grad_states.shape[1:], sums, tape)
+    tape, shape = LayerTape(), grad_states.shape[1:]
+    free = free_columns(problem, tape, shape) if columns is not None else None
+    sums = PassSums(with_owner(wanted, free), problem.batch, ranks)
+    replay = Replay(problem, shape, sums, tape, free)
     a = grad_states[-1]
     replay.columns = None if columns is None else columns[:, -1]
     dt = grad_states.new_zeros(len(times)) if time_gradients else None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from torchdyn_snopt.adjoint.gradients import Gradients
     from torchdyn_snopt.adjoint.problem import Problem
+    from torchdyn_snopt.curvature.seeds import Source
 
 Result = TypeVar("Result")
 
@@ -98,6 +99,7 @@ class _Solve(Function):
         x0 = None if station is None else parameters.pop()
         arrived = {} if station is None else station.take()
         columns = torch.cat(list(arrived.values())) if arrived else None
+        ranks = {source: len(part) for source, part in arrived.items()}
         if problem.save is not None:
             grad_states = _at_saved(problem.save, grad_states, states)
             if columns is not None:
@@ -108,14 +110,16 @@ class _Solve(Function):
         if not ctx.failed:
             gradients = _guarded(
                 problem,
-                lambda: _differentiate(problem, trajectory, grad_states, wants_times, columns),
+                lambda: _differentiate(
+                    problem, trajectory, grad_states, wants_times, columns, ranks
+                ),
             )
         if gradients is None:
             # Now, not when the forward solve failed: it may have been no part of training.
             mark_failed(problem.field.parameters)
             return _skipped(problem, states, parameters, ctx.time_like if wants_times else None)
         if gradients.columns is not None and x0 is not None:
-            carry([x0], [gradients.columns], {s: len(part) for s, part in arrived.items()})
+            carry([x0], [gradients.columns], ranks)
         deposit(problem, states, grad_states)
         times = gradients.times
         if times is not None:
@@ -130,6 +134,7 @@ def _differentiate(
     grad_states: Tensor,
     time_gradients: bool,
     columns: Tensor | None,
+    ranks: dict[Source, int],
 ) -> Gradients:
     collectors = active_collectors()
     wanted = wanted_layers(problem.field.modules(), collectors) if collectors else {}
@@ -137,7 +142,13 @@ def _differentiate(
     checkpoint = problem.sensitivity.adjoint == "checkpoint" and problem.forward.foreign is None
     differentiate = replay_backward if checkpoint else solve_backward
     return differentiate(
-        problem, trajectory, grad_states, wanted, time_gradients=time_gradients, columns=columns
+        problem,
+        trajectory,
+        grad_states,
+        wanted,
+        time_gradients=time_gradients,
+        columns=columns,
+        ranks=ranks,
     )
 
 

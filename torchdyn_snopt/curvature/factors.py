@@ -172,11 +172,11 @@ class LayerSums:
         Args:
             samples: what `add` returned in this pass.
             batch: samples in the model's batch.
-            horizon: |t1 − t0| of the pass; 1 outside an ODE.
+            horizon: t1 − t0 of the pass; 1 outside an ODE.
         """
         self._samples += samples
         self._batch += batch
-        self._sample_time += samples * horizon
+        self._sample_time += samples * abs(horizon)
 
     def absorb(self, other: LayerSums) -> None:
         """Add the sums of another pass over the same layer.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchdyn_snopt.curvature.registry import wanted_columns
-from torchdyn_snopt.curvature.seeds import Source, carry
+from torchdyn_snopt.curvature.registry import seeded_collectors, wanted_columns
+from torchdyn_snopt.curvature.seeds import Source, carry, in_trial
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class _Seeded:
         columns: Callable[[ColumnKind], list[Tensor]],
     ) -> Tensor:
         """The value, tied to columns that leave with its backward pass, if anybody wants them."""
+        if in_trial() and value.requires_grad:
+            value = _End.apply(value)
+            return value
         kind = wanted_columns()
         if kind is None or not torch.is_grad_enabled() or not value.requires_grad:
             return value
@@ -78,8 +81,22 @@ class _Seeded:
             )
         with torch.no_grad():
             seeds = columns(kind)
+        for collector in seeded_collectors():
+            collector.check_rank(len(seeds[0]), seeds[0].shape[1])
         value = _Seed.apply(value, seeds, *outputs)
         return value
+
+
+class _End(Function):
+    """The identity on the loss's value; its backward pass goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_value: Tensor) -> None:
+        return None
 
 
 class _Seed(Function):
@@ -94,9 +111,11 @@ class _Seed(Function):
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         outputs = ctx.saved_tensors
+        for collector in seeded_collectors():
+            collector.seeded = True
         # A factor in front of the loss counts like the 1/N of its mean, as it does in gradients.
         columns = [grad_value * seeds for seeds in ctx.seeds]
-        carry(outputs, columns, {Source(): len(columns[0])})
+        carry(outputs, columns, {Source(columns[0].shape[1]): len(columns[0])})
         return grad_value, None, *(None for _ in outputs)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torchdyn_snopt.curvature.factors import LayerSums, Use
+from torchdyn_snopt.curvature.factors import Use
 from torchdyn_snopt.curvature.seeds import LayerCall, Source, carrying, note_call
 
 if TYPE_CHECKING:
@@ -131,11 +131,13 @@ class OutsideRecorder:
 
     def deliver(self) -> None:
         """Hand everything to the collector."""
+        ranks: dict[tuple[LayerModule, int, int], dict[Source, int]] = {}
         for key, calls in self._columns.items():
-            self._uses[key] = _column_uses(calls)
+            ranks[key] = {s: len(part) for parts in calls.values() for s, part in parts.items()}
+            self._uses[key] = _column_uses(calls, ranks[key])
         self._columns.clear()
-        for (layer, _, batch), uses in self._uses.items():
-            sums = LayerSums(layer, self.collector.spec, bias=self.collector.takes_bias(layer))
+        for (layer, task, batch), uses in self._uses.items():
+            sums = self.collector.new_sums(layer, ranks.get((layer, task, batch), {}))
             samples = sums.add(uses, batch, 1.0)
             sums.close(samples, batch, 1.0)
             self.collector.absorb(layer, sums)
@@ -165,9 +167,10 @@ class _Hook:
         return _Hook, ()
 
 
-def _column_uses(calls: dict[LayerCall, dict[Source, Tensor]]) -> list[Use]:
+def _column_uses(
+    calls: dict[LayerCall, dict[Source, Tensor]], ranks: dict[Source, int]
+) -> list[Use]:
     """Each call with the columns of all sources side by side; zeros from one that missed it."""
-    ranks = {source: len(part) for parts in calls.values() for source, part in parts.items()}
     uses = []
     for call, parts in calls.items():
         like = next(iter(parts.values()))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torchdyn_snopt.curvature.factors import LayerSums, Use
+from torchdyn_snopt.curvature.factors import Use
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
+    from torchdyn_snopt.curvature.seeds import Source
 
 
 class Record(NamedTuple):
@@ -36,6 +37,7 @@ class LayerTape:
     def __init__(self) -> None:
         """Start empty."""
         self.records: list[Record] = []
+        self._stopped = False
 
     @contextmanager
     def watching(self, modules: Sequence[LayerModule]) -> Iterator[LayerTape]:
@@ -58,9 +60,22 @@ class LayerTape:
     def _hook(
         self, module: LayerModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        if output.requires_grad and torch.is_grad_enabled():
+        if not self._stopped and output.requires_grad and torch.is_grad_enabled():
             z = layer_input(args, kwargs).detach()
             self.records.append(Record(module, z, get_gradient_edge(output)))
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let calls pass unrecorded for the duration of the block.
+
+        Yields:
+            Nothing.
+        """
+        self._stopped = True
+        try:
+            yield
+        finally:
+            self._stopped = False
 
     def take(self) -> list[Record]:
         """The records since the last call.
@@ -72,23 +87,74 @@ class LayerTape:
         return taken
 
 
+class FreeParameters:
+    """The parameters of a field that no layer's rule covers; a key among the layers of a pass."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        """Name them.
+
+        Args:
+            parameters: gates, Galerkin coefficients, biases of their own, …; may be set later.
+        """
+        self.parameters = tuple(parameters)
+
+
+Owner: TypeAlias = "LayerModule | FreeParameters"
+
+
+class Sums(Protocol):
+    """What a collector sums for one layer during one pass."""
+
+    def add(
+        self, uses: Sequence[Use], batch: int, weight: float, gradient_weight: float | None = None
+    ) -> int:
+        """Add one evaluation.
+
+        Args:
+            uses: of the layer.
+            batch: samples in the batch.
+            weight: quadrature weight.
+            gradient_weight: weight of the gradients where it differs.
+
+        Returns:
+            Samples of the layer.
+        """
+
+    def close(self, samples: int, batch: int, horizon: float) -> None:
+        """Count the samples of the finished pass.
+
+        Args:
+            samples: of the layer.
+            batch: of the model.
+            horizon: t1 − t0, negative down in time.
+        """
+
+
 class PassSums:
     """The curvature of one backward pass, handed to the collectors when it has succeeded."""
 
-    def __init__(self, wanted: dict[LayerModule, list[Collector]], batch: int) -> None:
+    def __init__(
+        self,
+        wanted: Mapping[Owner, list[Collector]],
+        batch: int,
+        ranks: dict[Source, int] | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
             wanted: layers and their takers.
             batch: samples in the batch.
+            ranks: number of columns of each source that are carried along, if any.
         """
-        self.wanted, self.batch = wanted, batch
-        self._sums: dict[tuple[LayerModule, Collector], LayerSums] = {}
-        self._samples: dict[tuple[LayerModule, Collector], int] = {}
+        self.wanted, self.batch, self.ranks = wanted, batch, ranks or {}
+        #: Whether a taker wants columns sample by sample.
+        self.per_sample = any(c.per_sample for takers in wanted.values() for c in takers)
+        self._sums: dict[tuple[Owner, Collector], Sums] = {}
+        self._samples: dict[tuple[Owner, Collector], int] = {}
 
     def add(
         self,
-        uses: dict[LayerModule, list[Use]],
+        uses: Mapping[Owner, list[Use]],
         weight: float,
         gradient_weight: float | None = None,
     ) -> None:
@@ -106,8 +172,7 @@ class PassSums:
                     continue
                 key = (module, collector)
                 if key not in self._sums:
-                    bias = collector.takes_bias(module)
-                    self._sums[key] = LayerSums(module, collector.spec, bias=bias)
+                    self._sums[key] = collector.new_sums(module, self.ranks)
                 self._samples[key] = self._sums[key].add(
                     layer_uses, self.batch, weight, gradient_weight
                 )
@@ -116,7 +181,7 @@ class PassSums:
         """Hand everything to the collectors.
 
         Args:
-            horizon: |t1 − t0|; 1 outside an ODE.
+            horizon: t1 − t0, negative where columns were summed with |dt| down in time.
         """
         for (module, collector), sums in self._sums.items():
             sums.close(self._samples[module, collector], self.batch, horizon)
@@ -141,7 +206,7 @@ def group_uses(
     records: Sequence[Record],
     gradients: Sequence[Tensor | None],
     columns: Sequence[Tensor | None] = (),
-) -> dict[LayerModule, list[Use]]:
+) -> dict[Owner, list[Use]]:
     """Recorded calls with their gradients, by layer; layers with one weight are one layer.
 
     Args:
@@ -152,7 +217,7 @@ def group_uses(
     Returns:
         Uses of each layer.
     """
-    uses: dict[LayerModule, list[Use]] = {}
+    uses: dict[Owner, list[Use]] = {}
     first: dict[int, LayerModule] = {}
     columns = columns or [None] * len(records)
     for record, gradient, column in zip(records, gradients, columns, strict=True):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Literal
 
+from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums
@@ -19,15 +20,20 @@ from torchdyn_snopt.errors import UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from torchdyn_snopt.curvature.layers import LayerModule
+    from torchdyn_snopt.curvature.recording import Owner, Sums
+    from torchdyn_snopt.curvature.seeds import Source
 
 _collectors: weakref.WeakSet[Collector] = weakref.WeakSet()
 
 
 class Collector:
     """Collects the factors of the layers whose weights it watches, while it is active."""
+
+    #: Whether columns are wanted sample by sample, of all parameters.
+    per_sample = False
 
     def __init__(self, spec: CurvatureSpec, parameters: Iterable[Tensor]) -> None:
         """Register, inactive.
@@ -38,6 +44,8 @@ class Collector:
         """
         self.spec = spec
         self.active = False
+        #: Whether a loss has sent off seeds since the last `clear`.
+        self.seeded = False
         self._watched = WeakTensorKeyDictionary()
         self._sums = WeakTensorKeyDictionary()
         self.watch(parameters)
@@ -75,6 +83,27 @@ class Collector:
         bias = module.bias
         return bias is not None and bias.requires_grad and self.watches(bias)
 
+    def check_rank(self, rank: int, samples: int) -> None:
+        """Told how many columns a loss is about to send off; factors take any number.
+
+        Args:
+            rank: R.
+            samples: N.
+        """
+
+    def new_sums(self, owner: Owner, ranks: dict[Source, int]) -> Sums:
+        """Sums for one layer in one pass.
+
+        Args:
+            owner: the layer.
+            ranks: number of columns of each source; of no interest for factors.
+
+        Returns:
+            Empty sums.
+        """
+        assert isinstance(owner, nn.Module)
+        return LayerSums(owner, self.spec, bias=self.takes_bias(owner))
+
     def factors(self, weight: Tensor) -> Factors | None:
         """What was collected for a layer since the last `clear`.
 
@@ -96,32 +125,35 @@ class Collector:
         pairs = [(sums.module, sums.factors()) for sums in self._sums.values()]
         return [(module, factors) for module, factors in pairs if factors is not None]
 
-    def absorb(self, module: LayerModule, sums: LayerSums) -> None:
+    def absorb(self, owner: Owner, sums: Sums) -> None:
         """Take over the sums of one finished backward pass.
 
         Args:
-            module: the layer.
+            owner: the layer.
             sums: its sums, closed.
 
         Raises:
             UnsupportedError: two layers share a weight, and only one of them has a bias.
         """
-        known: LayerSums | None = self._sums.get(module.weight)
+        assert isinstance(owner, nn.Module)
+        assert isinstance(sums, LayerSums)
+        known: LayerSums | None = self._sums.get(owner.weight)
         if known is not None and known.bias != sums.bias:
             raise UnsupportedError(
                 "two layers share a weight, but only one of them has a trainable bias",
-                got=f"{known.module} and {module} with one weight",
+                got=f"{known.module} and {owner} with one weight",
                 allowed="layers that share their weight and are alike",
                 do="give both layers a bias or none, or put the biases into another group",
             )
         if known is None:
-            self._sums[module.weight] = sums
+            self._sums[owner.weight] = sums
         else:
             known.absorb(sums)
 
     def clear(self) -> None:
         """Forget what was collected."""
         self._sums.clear()
+        self.seeded = False
 
 
 def active_collectors() -> list[Collector]:
@@ -153,6 +185,15 @@ def wanted_columns() -> Literal["mc", "ggn"] | None:
     if "mc" in kinds:
         return "mc"
     return "ggn" if kinds else None
+
+
+def seeded_collectors() -> list[Collector]:
+    """Active collectors that wait for seeds of the loss.
+
+    Returns:
+        Usually none or one.
+    """
+    return [c for c in _collectors if c.active and c.spec.curvature != "empirical"]
 
 
 def wanted_layers(

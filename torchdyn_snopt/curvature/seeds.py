@@ -34,6 +34,15 @@ _thread = threading.local()
 class Source:
     """One loss in one backward pass; columns are told apart by it."""
 
+    def __init__(self, samples: int) -> None:
+        """Note the backward pass that is running.
+
+        Args:
+            samples: N of the loss.
+        """
+        self.samples = samples
+        self.task: int = torch._C._current_graph_task_id()
+
 
 class SolveStation:
     """Where a solve keeps the columns at its output until its backward pass takes them.
@@ -110,6 +119,31 @@ def carrying() -> bool:
         True inside `carry`.
     """
     return bool(getattr(_thread, "depth", 0))
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """Losses are asked for their value alone: a backward pass from one ends there.
+
+    So a closure that calls ``backward`` costs a forward pass only.
+
+    Yields:
+        Nothing.
+    """
+    _thread.trial = True
+    try:
+        yield
+    finally:
+        _thread.trial = False
+
+
+def in_trial() -> bool:
+    """Whether this thread is inside `trial`.
+
+    Returns:
+        True if so.
+    """
+    return bool(getattr(_thread, "trial", False))
 
 
 def carry(outputs: Sequence[Tensor], columns: Sequence[Tensor], sources: dict[Source, int]) -> None:

@@ -9,6 +9,9 @@ from torchdyn_snopt.errors import InvalidInputError
 
 PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac", "low_rank")
 
+# Settings of 'low_rank' as the others carry them; their fallback has the learning rate itself.
+_UNUSED: dict[str, Any] = {"max_columns": 4096, "damping_decay": 1.0, "fallback_scale": 1.0}
+
 # What an argument left at None becomes.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "kfe_adam": {
@@ -21,6 +24,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "kl_clip": None,
         "fallback": "adam",
         "weight_sharing": "expand",
+        "curvature": "empirical",
+        **_UNUSED,
     },
     "kfac": {
         "lr": 0.1,
@@ -32,6 +37,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "kl_clip": 1e-3,
         "fallback": "sgd",
         "weight_sharing": "expand",
+        "curvature": "empirical",
+        **_UNUSED,
     },
     "ekfac": {
         "lr": 0.1,
@@ -43,6 +50,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "kl_clip": None,
         "fallback": "sgd",
         "weight_sharing": "expand",
+        "curvature": "empirical",
+        **_UNUSED,
+    },
+    "low_rank": {
+        "lr": 1.0,
+        "momentum": 0.0,
+        "damping": 1e-2,
+        "update_freq": 1,
+        "alpha": 0.95,
+        "factor_decay": 0.9,
+        "kl_clip": None,
+        "fallback": "adam",
+        "weight_sharing": "expand",
+        "curvature": "ggn",
+        "max_columns": 4096,
+        "damping_decay": 0.97,
+        "fallback_scale": 1e-3,
     },
 }
 
@@ -69,6 +93,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "foreach": (None, False, True),
 }
 
+# name: (what is wrong, an example)
+_COUNTS: dict[str, tuple[str, int]] = {
+    "update_freq": ("the interval between curvature refreshes is no count of steps", 5),
+    "max_columns": ("the limit on columns is no count", 4096),
+}
+
 # name: (lowest, lowest allowed, highest, highest allowed)
 _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "lr": (0.0, True, math.inf, False),
@@ -77,6 +107,8 @@ _RANGES: dict[str, tuple[float, bool, float, bool]] = {
     "damping": (0.0, False, math.inf, False),
     "alpha": (0.0, True, 1.0, False),
     "factor_decay": (0.0, True, 1.0, False),
+    "damping_decay": (0.0, False, 1.0, True),
+    "fallback_scale": (0.0, True, math.inf, False),
     "kl_clip": (0.0, False, math.inf, True),
 }
 
@@ -113,13 +145,21 @@ def check(settings: dict[str, Any]) -> None:
             check_choice(name, value)
         elif name in _RANGES and not (name == "kl_clip" and value is None):
             _check_range(name, value)
-    update_freq = settings.get("update_freq", 1)
-    if not isinstance(update_freq, int) or isinstance(update_freq, bool) or update_freq < 1:
+    for name, (what, example) in _COUNTS.items():
+        value = settings.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidInputError(
+                what,
+                got=f"{name}={value!r}",
+                allowed="a whole number of at least 1",
+                do=f"pass {name}={example}",
+            )
+    if settings.get("preconditioner") == "low_rank" and settings.get("curvature") == "empirical":
         raise InvalidInputError(
-            "the interval between curvature refreshes is no count of steps",
-            got=f"update_freq={update_freq!r}",
-            allowed="a whole number of at least 1",
-            do="pass update_freq=5",
+            "the low-rank step needs the seeds of a loss",
+            got="preconditioner='low_rank', curvature='empirical'",
+            allowed="curvature='ggn' or 'mc'",
+            do="leave curvature out, and use one of torchdyn_snopt's losses",
         )
 
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchdyn_snopt.curvature.columns import ColumnCollector
 from torchdyn_snopt.curvature.factors import CurvatureSpec
 from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector, take_failed
-from torchdyn_snopt.errors import UnsupportedError
+from torchdyn_snopt.curvature.seeds import trial
+from torchdyn_snopt.errors import SolverError, UnsupportedError
 from torchdyn_snopt.optim import fallback as fallbacks
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
+from torchdyn_snopt.optim.low_rank import (
+    TRIALS,
+    LowRankStep,
+    absorb_columns,
+    decay_damping,
+    next_damping,
+)
 from torchdyn_snopt.optim.preconditioners import TABLE, guarded_refresh
 from torchdyn_snopt.optim.settings import PAPER, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.optim.preconditioners import Report
 
 Group = dict[str, Any]
+Closure = Callable[[], float]
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -49,13 +58,18 @@ class SNOpt(Optimizer):
         alpha: decay of the second moments in the eigenbasis (Algorithm 2; Adam's β₂).
         factor_decay: decay of the exponential average of A and B from refresh to refresh.
         preconditioner: 'kfe_adam' (Adam's moments in the curvature's eigenbasis), 'kfac', 'ekfac'
-            (Algorithm 2), or 'low_rank'.
+            (Algorithm 2), or 'low_rank' (the Gauss–Newton step from the columns of Proposition 2).
         curvature: seeds of the terminal curvature: 'empirical' (Φ_x of each sample, the paper's
-            choice), 'mc' or 'ggn' (seeds of this package's losses, Proposition 2).
+            choice), 'mc' or 'ggn' (seeds of this package's losses, Proposition 2; for 'low_rank').
         weight_sharing: 'expand' or 'reduce' over positions (Eschenhagen et al. 2023).
         kl_clip: trust region of 'kfac' and 'ekfac'; ``math.inf`` for none.
         fallback: 'sgd' or 'adam' for parameters without curvature.
         reduction: how the loss combines samples, 'mean' or 'sum'.
+        max_columns: for 'low_rank', limit on samples × seeds of a batch; a step keeps that many
+            columns of the size of the parameters, and works on min(columns, parameters)² numbers.
+        damping_decay: for 'low_rank' without a closure: λ shrinks by this factor at each step.
+            With a closure λ follows the ratio of actual to predicted reduction.
+        fallback_scale: learning rate of the fallback, relative to lr.
         maximize: ascend.
         foreach: False updates tensor by tensor (less memory, slower).
         horizon: settings of the policy (Eq. 16) that moves each `Horizon` among the parameters.
@@ -81,11 +95,14 @@ class SNOpt(Optimizer):
         alpha: float | None = None,
         factor_decay: float | None = None,
         preconditioner: Literal["kfe_adam", "kfac", "ekfac", "low_rank"] = "kfe_adam",
-        curvature: Literal["empirical", "mc", "ggn"] = "empirical",
+        curvature: Literal["empirical", "mc", "ggn"] | None = None,
         weight_sharing: Literal["expand", "reduce"] | None = None,
         kl_clip: float | None = None,
         fallback: Literal["sgd", "adam"] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
+        max_columns: int | None = None,
+        damping_decay: float | None = None,
+        fallback_scale: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         horizon: HorizonPolicy | None = None,
@@ -105,6 +122,9 @@ class SNOpt(Optimizer):
             "kl_clip": kl_clip,
             "fallback": fallback,
             "reduction": reduction,
+            "max_columns": max_columns,
+            "damping_decay": damping_decay,
+            "fallback_scale": fallback_scale,
             "maximize": maximize,
             "foreach": foreach,
             "horizon": (horizon or HorizonPolicy()).settings(),
@@ -167,7 +187,7 @@ class SNOpt(Optimizer):
         self._watch(group)
 
     def _watch(self, group: Group) -> None:
-        collector = Collector(_spec(group), group["params"])
+        collector = _collector(group)
         layers = [module for module in self._modules if collector.watches(module.weight)]
         recorder = OutsideRecorder(collector, layers)
         self._collectors.append(collector)
@@ -225,13 +245,66 @@ class SNOpt(Optimizer):
         for group, collector, recorder in self._groups():
             if collector.active:
                 recorder.deliver()
-                self._refresh(group, collector)
+                if isinstance(collector, ColumnCollector):
+                    absorb_columns(group, collector, self.state)
+                else:
+                    self._refresh(group, collector)
                 collector.clear()
+        self._low_rank_steps(closure, loss)
+        for group, collector, recorder in self._groups():
             self._move(group)
             group["step"] += 1
             _request(group, collector, recorder)
         self.report |= self._horizons.move(self.param_groups, self.state, self._names)
         return loss
+
+    def _low_rank_steps(self, closure: Closure | None, loss: float | None) -> None:
+        """Step all 'low_rank' groups; with a closure, see what the loss says to it."""
+        groups = [group for group in self.param_groups if group["preconditioner"] == "low_rank"]
+        steps = [LowRankStep(group, self.state) for group in groups]
+        steps = [step for step in steps if step.params]
+        if not steps:
+            return
+        for number in range(TRIALS if closure is not None else 1):
+            predicted = sum(step.apply(self.report) for step in steps)
+            if closure is None or loss is None:
+                for step in steps:
+                    decay_damping(step.group)
+                break
+            ratio = self._reduction(closure, float(loss), steps[0].group) / max(predicted, 1e-300)
+            self.report |= {"reduction_ratio": ratio, "trials": number + 1.0}
+            for step in steps:
+                step.group["damping"] = next_damping(step.group["damping"], ratio)
+            if ratio > 0.0:
+                break
+            for step in steps:
+                step.take_back()
+        else:
+            return
+        for step in steps:
+            step.keep()
+
+    def _reduction(self, closure: Closure, before: float, group: Group) -> float:
+        """By how much the loss of the closure has fallen; −∞ where it cannot be evaluated."""
+        active = [collector.active for collector in self._collectors]
+        gradients = [(p, p.grad) for p in self._parameters()]
+        for collector, recorder in zip(self._collectors, self._recorders, strict=True):
+            collector.active = False
+            recorder.stop()
+        for p, _ in gradients:
+            p.grad = None
+        try:
+            with trial(), torch.enable_grad():
+                after = float(closure())
+        except SolverError:
+            return -math.inf
+        finally:
+            for p, gradient in gradients:
+                p.grad = gradient
+            for collector, was in zip(self._collectors, active, strict=True):
+                collector.active = was
+        reduction = after - before if group["maximize"] else before - after
+        return reduction if math.isfinite(after) else -math.inf
 
     def _refresh(self, group: Group, collector: Collector) -> None:
         preconditioner = TABLE[group["preconditioner"]]
@@ -263,6 +336,7 @@ class SNOpt(Optimizer):
         layers = self._layers(group)
         covered = {id(p) for layer in layers for p in (layer.weight, layer.bias)}
         covered |= {id(p) for p in horizons_among(group["params"])}
+        covered |= {id(p) for p in group["params"] if "columns" in self.state.get(p, {})}
         others = [p for p in group["params"] if p.grad is not None and id(p) not in covered]
         layers = [layer for layer in layers if layer.has_gradient()]
         sign = -1.0 if group["maximize"] else 1.0
@@ -274,10 +348,11 @@ class SNOpt(Optimizer):
             updates = preconditioner.updates(some, gradients, group, self.report)
             for layer, update in zip(some, updates, strict=True):
                 layer.apply(update, group["lr"])
+        settings = {**group, "lr": group["lr"] * group["fallback_scale"]}
         for rest in _batches(others, singly):
             gradients = [_gradient(p, group["weight_decay"], sign) for p in rest]
             states = [self.state[p] for p in rest]
-            fallbacks.TABLE[group["fallback"]](rest, gradients, states, group)
+            fallbacks.TABLE[group["fallback"]](rest, gradients, states, settings)
 
     def _layers(self, group: Group) -> list[Layer]:
         ready = (p for p in group["params"] if self.state.get(p, {}).get("ready", False))
@@ -296,6 +371,7 @@ class SNOpt(Optimizer):
             for module in recorder.layers:
                 biases = [module.bias] if collector.takes_bias(module) else []
                 covered |= {id(p) for p in (module.weight, *biases)}
+            covered |= {id(p) for p in group["params"] if "columns" in self.state.get(p, {})}
             for p in group["params"]:
                 known = id(p) in covered
                 how = group["preconditioner"] if known else f"{group['fallback']} (fallback)"
@@ -336,6 +412,12 @@ class SNOpt(Optimizer):
         self._horizons = HorizonMover()
         for group in self.param_groups:
             self._watch(group)
+
+
+def _collector(group: Group) -> Collector:
+    if group["preconditioner"] == "low_rank":
+        return ColumnCollector(_spec(group), group["params"], group["max_columns"])
+    return Collector(_spec(group), group["params"])
 
 
 def _spec(group: Group) -> CurvatureSpec:
