@@ -13,7 +13,8 @@ is taken back and tried again with a greater λ.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,10 +37,18 @@ SHRINK, GROW, REJECTED = 0.3, 2.0, 6.0
 # Steps that may be taken back before θ is left where it was.
 TRIALS = 6
 DAMPING_RANGE = (1e-14, 1e8)
+# λ relative to the trace of PᵀP, from which on its Gram matrix is as good as P itself. Below, λ is
+# not driven by the reduction ratio.
+SQUARED = 1e-9
 
 
 class Damped:
-    """λI + PᵀP for columns P [K, n], factorized on its smaller side."""
+    """λI + PᵀP for columns P [K, n], ready to be solved for any λ.
+
+    Well-conditioned: a Cholesky factor of the smaller side's Gram matrix in float64 (Woodbury where
+    that is K), with one step of refinement. With λ below `SQUARED` of the matrix's trace, or
+    without float64, a singular value decomposition of P, which never squares it.
+    """
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         """Form the Gram matrix of the smaller side.
@@ -47,52 +56,47 @@ class Damped:
         Args:
             blocks: P by parameters, ``[K, n_i]`` each.
         """
-        self.rows = len(blocks[0])
-        self.n = sum(block.shape[1] for block in blocks)
-        self.wide = blocks[0].device.type != "mps"
-        self.blocks = blocks
-        self.dense = self.n <= self.rows
-        p = torch.cat(list(blocks), 1) if self.dense or not self.wide else None
-        if not self.wide:
-            self.p, self.gram = p, None
-        elif p is not None:
-            p = p.double()
-            self.p, self.gram = p, p.mT @ p
+        self.blocks, self.rows = blocks, len(blocks[0])
+        self.sizes = [block.shape[1] for block in blocks]
+        self.dense = sum(self.sizes) <= self.rows
+        self.dtype = torch.float32 if blocks[0].device.type == "mps" else torch.float64
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._p = self._whole() if self.dense else None
+        if self._p is not None:
+            self.gram = self._p.mT @ self._p
         else:
             # One parameter at a time, so that float64 is never needed for all columns at once.
-            gram = blocks[0].new_zeros(self.rows, self.rows, dtype=torch.float64)
+            self.gram = blocks[0].new_zeros(self.rows, self.rows, dtype=self.dtype)
             for block in blocks:
-                part = block.double()
-                gram.addmm_(part, part.mT)
-            self.p, self.gram = None, gram
+                part = block.to(self.dtype)
+                self.gram.addmm_(part, part.mT)
+        self.trace = float(self.gram.trace())
 
     def solve(self, g: Tensor, damping: float) -> Tensor:
-        """(λI + PᵀP)⁻¹ g, with one step of iterative refinement.
+        """(λI + PᵀP)⁻¹ g.
 
         Args:
             g: ``[n]``.
             damping: λ, above 0.
 
         Returns:
-            ``[n]``, in the dtype of the factorization.
+            ``[n]``, in float64 where the device has it.
 
         Raises:
             CurvatureError: a column or the gradient is not finite.
         """
-        factor = self._factor(damping)
-        g = g.double() if self.wide else g
-        d = self._apply_inverse(factor, g, damping)
-        residual = g - damping * d - self.left(self.right(d))
-        d = d + self._apply_inverse(factor, residual, damping)
-        if not bool(torch.isfinite(d).all()):
+        g = g.to(self.dtype)
+        if not (math.isfinite(self.trace) and bool(torch.isfinite(g).all())):
             raise CurvatureError(
                 "the low-rank curvature cannot be factorized",
-                norms={"g": float(g.norm()), "p": self.norm()},
+                norms={"g": float(g.norm()), "p": self.trace**0.5},
                 got=f"damping={damping:g}",
                 allowed="finite gradients and columns",
                 do="look for non-finite activations or gradients, or raise damping",
             )
-        return d
+        if self.dtype is torch.float64 and damping > SQUARED * self.trace:
+            return self._solve_squared(g, damping)
+        return self._solve_by_singular_values(g, damping)
 
     def right(self, d: Tensor) -> Tensor:
         """P d.
@@ -103,11 +107,10 @@ class Damped:
         Returns:
             ``[K]``.
         """
-        if self.p is not None:
-            return self.p @ d
-        parts = d.split([block.shape[1] for block in self.blocks])
-        products = [b.to(d.dtype) @ part for b, part in zip(self.blocks, parts, strict=True)]
-        return torch.stack(products).sum(0)
+        if self._p is not None:
+            return self._p @ d
+        parts = zip(self.blocks, d.split(self.sizes), strict=True)
+        return torch.stack([block.to(d.dtype) @ part for block, part in parts]).sum(0)
 
     def left(self, c: Tensor) -> Tensor:
         """Pᵀ c.
@@ -118,49 +121,45 @@ class Damped:
         Returns:
             ``[n]``.
         """
-        if self.p is not None:
-            return self.p.mT @ c
+        if self._p is not None:
+            return self._p.mT @ c
         return torch.cat([block.to(c.dtype).mT @ c for block in self.blocks])
 
-    def norm(self) -> float:
-        """Norm of P.
+    def _whole(self) -> Tensor:
+        return torch.cat(list(self.blocks), 1).to(self.dtype)
 
-        Returns:
-            Frobenius norm.
-        """
-        return float(torch.stack([block.norm() for block in self.blocks]).norm())
+    def _solve_squared(self, g: Tensor, damping: float) -> Tensor:
+        damped = self.gram.clone()
+        damped.diagonal().add_(damping)
+        factor = torch.linalg.cholesky(damped)
 
-    def _factor(self, damping: float) -> Tensor:
-        """Lower L with L Lᵀ = λI + the Gram matrix of the smaller side."""
-        if self.gram is not None:
-            damped = self.gram.clone()
-            damped.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not bool(failed):
-                return cast("Tensor", factor)
-            if not bool(torch.isfinite(damped).all()):
-                return torch.full_like(damped, float("nan"))
-        # Without the squares of a Gram matrix: R of [P; √λ I], for narrow formats and tiny λ.
-        p = torch.cat(list(self.blocks), 1) if self.p is None else self.p
-        p = p.double() if self.wide else p
-        tall = p if self.dense else p.mT
-        eye = torch.eye(tall.shape[1], dtype=tall.dtype, device=tall.device)
-        r = torch.linalg.qr(torch.cat([tall, damping**0.5 * eye]), mode="r").R
-        return cast("Tensor", r.mT * r.diagonal().sign())
+        def inverse(b: Tensor) -> Tensor:
+            if self.dense:
+                return torch.cholesky_solve(b.unsqueeze(1), factor).squeeze(1)
+            inner = torch.cholesky_solve(self.right(b).unsqueeze(1), factor).squeeze(1)
+            return (b - self.left(inner)) / damping
 
-    def _apply_inverse(self, factor: Tensor, g: Tensor, damping: float) -> Tensor:
-        if self.dense:
-            return torch.cholesky_solve(g.unsqueeze(1), factor).squeeze(1)
-        inner = torch.cholesky_solve(self.right(g).unsqueeze(1), factor).squeeze(1)
-        return (g - self.left(inner)) / damping
+        d = inverse(g)
+        return d + inverse(g - damping * d - self.left(self.right(d)))
+
+    def _solve_by_singular_values(self, g: Tensor, damping: float) -> Tensor:
+        if self._factors is None:
+            _, s, v = torch.linalg.svd(self._whole() if self._p is None else self._p, False)
+            self._factors = s, v
+        s, v = self._factors
+        inner = v @ g
+        rest = g - v.mT @ inner
+        rest = rest - v.mT @ (v @ rest)
+        return v.mT @ (inner / (s.square() + damping)) + rest / damping
 
 
-def next_damping(damping: float, ratio: float) -> float:
+def next_damping(damping: float, ratio: float, floor: float = 0.0) -> float:
     """λ for the next step, from the ratio of the actual to the predicted reduction.
 
     Args:
         damping: λ of this step.
         ratio: NaN or not positive when the step is to be taken back.
+        floor: λ shrinks no further.
 
     Returns:
         Within `DAMPING_RANGE`.
@@ -168,7 +167,7 @@ def next_damping(damping: float, ratio: float) -> float:
     if not ratio > 0.0:
         factor = REJECTED
     elif ratio > GOOD:
-        factor = SHRINK
+        factor = SHRINK if damping > floor else 1.0
     else:
         factor = GROW if ratio < BAD else 1.0
     low, high = DAMPING_RANGE
@@ -195,7 +194,7 @@ class LowRankStep:
             return
         sign, decay = (-1.0 if group["maximize"] else 1.0), group["weight_decay"]
         self.system = Damped([state["columns"] for state in self.states])
-        dtype = torch.float64 if self.system.wide else torch.float32
+        dtype = self.system.dtype
         self.plain = sign * torch.cat([_gradient(p).to(dtype) for p in self.params])
         theta = torch.cat([p.reshape(-1).to(dtype) for p in self.params])
         self.gradient = self.plain + decay * theta

@@ -21,6 +21,7 @@ from torchdyn_snopt.optim import fallback as fallbacks
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.low_rank import (
+    SQUARED,
     TRIALS,
     LowRankStep,
     absorb_columns,
@@ -271,10 +272,11 @@ class SNOpt(Optimizer):
                 for step in steps:
                     decay_damping(step.group)
                 break
-            ratio = self._reduction(closure, float(loss), steps[0].group) / max(predicted, 1e-300)
+            ratio = self._reduction(closure, _number(loss), steps[0].group) / max(predicted, 1e-300)
             self.report |= {"reduction_ratio": ratio, "trials": number + 1.0}
             for step in steps:
-                step.group["damping"] = next_damping(step.group["damping"], ratio)
+                floor = SQUARED * step.system.trace
+                step.group["damping"] = next_damping(step.group["damping"], ratio, floor)
             if ratio > 0.0:
                 break
             for step in steps:
@@ -295,7 +297,7 @@ class SNOpt(Optimizer):
             p.grad = None
         try:
             with trial(), torch.enable_grad():
-                after = float(closure())
+                after = _number(closure())
         except SolverError:
             return -math.inf
         finally:
@@ -412,6 +414,10 @@ class SNOpt(Optimizer):
         self._horizons = HorizonMover()
         for group in self.param_groups:
             self._watch(group)
+
+
+def _number(loss: float | Tensor) -> float:
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
 
 
 def _collector(group: Group) -> Collector:
