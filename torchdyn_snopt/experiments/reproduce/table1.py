@@ -184,7 +184,7 @@ def _median(raw: list[dict[str, Any]], field: str, solver: str) -> dict[str, Any
 
 def _draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(FIELDS), sharey=True)
+    (axes,) = figure.subplots(1, len(FIELDS), sharey=True, squeeze=False)
     kinds = {
         "first": ("∂L/∂θ, adjoint", "#ffffff", ""),
         "recursive": ("∂²L/∂θ², recursive", "#D55E00", "//"),
@@ -198,7 +198,7 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
                 places, heights, 0.25, label=label, color=color, hatch=hatch, edgecolor="black"
             )
         axis.set_yscale("log")
-        axis.set_xticks(range(len(SOLVERS)), ["rk4", "implicit\nadams", "dopri5\n1e-3"])
+        axis.set_xticks(range(len(SOLVERS)), [solver.replace("_", "\n") for solver in SOLVERS])
         axis.set_title(case.name)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)

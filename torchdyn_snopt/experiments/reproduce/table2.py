@@ -63,7 +63,7 @@ SWEEPS: dict[str, tuple[Size, ...]] = {
     "m": tuple(Size(length=length) for length in (16, 32, 64, 128)),
     "n": tuple(Size(length=2, width=width) for width in (16, 32, 64, 128)),
     "R": tuple(Size(length=64, width=32, rank=rank) for rank in (4, 16, 64, 256)),
-    "depth": tuple(Size(depth=depth) for depth in (2, 4, 8, 16)),
+    "depth": tuple(Size(length=4, depth=depth) for depth in (16, 32, 64, 128)),
 }
 PAPER = {
     "Theorem 1": "(m+n)²",
@@ -276,5 +276,6 @@ def _draw(raw: list[dict[str, Any]]) -> Figure:
             axis.grid(alpha=0.3, which="both")
             if key == "seconds":
                 axis.set_xlabel(titles[sweep])
-    panels[0][0].legend(fontsize="small")
+    lines, labels = panels[0][1].get_legend_handles_labels()
+    panels[0][0].legend(lines, labels, fontsize="small")
     return figure

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from torchdyn_snopt.errors import InvalidInputError
-from torchdyn_snopt.experiments.tasks import digits, mnist, moons
+from torchdyn_snopt.experiments.tasks import digits, mnist, moons, spiral
 from torchdyn_snopt.experiments.tasks.base import ACCURACY, Metric, Samples, Splits, Task
 
 __all__ = ["ACCURACY", "TASKS", "Metric", "Samples", "Splits", "Task", "get_task"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (digits.TASK, moons.TASK, mnist.TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (digits.TASK, moons.TASK, mnist.TASK, spiral.TASK)
+}
 
 
 def get_task(name: str) -> Task:
