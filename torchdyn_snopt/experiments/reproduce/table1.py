@@ -28,7 +28,7 @@ from torchdyn_snopt.experiments.reproduce.measured import Measured
 TOLERANCE = 1e-3
 STEPS, TRUTH_STEPS = 20, 120
 SEEDS = 3
-DIMS, WIDTH, SAMPLES = 2, 4, 3
+DIMS, WIDTH, SAMPLES = 2, 3, 1
 
 HEAD = [
     "field", "solver", "∂L/∂θ, adjoint", "∂²L/∂θ², recursive", "∂²L/∂θ², Theorem 1", "ratio",
@@ -37,7 +37,7 @@ NOTE = (
     "Relative errors (Frobenius), median of three draws of the weights; float64. Theorem 1: "
     "second_order_adjoint(exact=True), the Hessian. Ratio: recursive over Theorem 1. rk4 and "
     f"implicit_adams (torchdiffeq) take {STEPS} steps; dopri5 works at rtol = atol = "
-    f"{TOLERANCE:g}. F = tanh network 2-4-2; 'contracting' subtracts 5x, 'timed' multiplies by "
+    f"{TOLERANCE:g}. F = tanh network 2-3-2; 'contracting' subtracts 5x, 'timed' multiplies by "
     "1 + sin 2t."
 )
 

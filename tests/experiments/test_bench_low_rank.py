@@ -1,0 +1,61 @@
+"""The race of the low-rank step against its peers: turns, targets, the table and the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from torchdyn_snopt.experiments.bench import low_rank
+from torchdyn_snopt.experiments.tasks import get_task
+
+RACE = dataclasses.replace(low_rank.RACES[1], target=0.6, budget=0.5)
+
+
+def test_a_race_of_two_ends_with_a_table_and_a_picture(tmp_path):
+    peers = (
+        dataclasses.replace(RACE.peers[0], batch_size=32),
+        dataclasses.replace(RACE.peers[1], settings={"lr": 1e-9}),
+    )
+    race = dataclasses.replace(RACE, peers=peers)
+    report = low_rank.bench_low_rank(1, torch.device("cpu"), lambda _: None, [race])
+    quick, stuck = report.raw
+    assert quick["seconds"] is not None
+    assert quick["curve"][-1][1] <= 0.6
+    assert stuck["seconds"] is None
+    assert stuck["curve"][-1][0] > race.budget
+    (table,) = report.tables
+    assert [row[1] for row in table.body] == ["SNOpt low_rank", "Adam"]
+    assert table.body[0][5:] == ["1 of 1", "1.00"]
+    assert table.body[1][5:] == ["0 of 1", "inf"]
+    low_rank.draw(report, [race]).savefig(tmp_path / "race.png")
+
+
+def test_all_peers_of_a_seed_start_alike_and_see_the_same_batches():
+    runs = [low_rank.Run(race, peer, 3) for race in low_rank.RACES[:1] for peer in race.peers]
+    states = [run._model.state_dict() for run in runs]
+    for state in states[1:]:
+        assert all(torch.equal(state[key], states[0][key]) for key in state)
+    alike = [run for run in runs if run.peer.batch_size == runs[0].peer.batch_size]
+    batches = [next(run._batches).x for run in alike]
+    assert len(alike) >= 2
+    assert all(torch.equal(x, batches[0]) for x in batches)
+
+
+def test_the_spiral_s_windows_and_model():
+    task = get_task("spiral")
+    splits = task.load(None)
+    assert splits.train.x.shape == (991, 2)
+    assert splits.train.y.shape == (991, 9, 2)
+    assert torch.equal(splits.train.x[1:], splits.train.y[:-1, 0])
+    assert splits.train.x[0].tolist() == pytest.approx([2.0, 0.0])
+    # x' = A x³: the first difference quotient.
+    slope = (splits.train.y[0, 0] - splits.train.x[0]) / (25.0 / 999)
+    assert slope.tolist() == pytest.approx([-0.8, 16.0], abs=2.0)
+    model = task.build_model("snopt", 1e-3)
+    assert sum(p.numel() for p in model.parameters()) == 252
+    assert model(splits.test.x[:7]).shape == (7, 9, 2)
+    with torch.no_grad():
+        states = model.node(splits.test.x[:2], model.times)
+    assert torch.allclose(states[1:].movedim(0, 1), model(splits.test.x[:2]))

@@ -1,0 +1,322 @@
+"""`bench low-rank`: time to a target with the low-rank step and with tuned peers.
+
+All contenders of one task and seed start from the same weights and take turns on one process, a
+fraction of a second each, until each has reached the target or spent its budget: a machine that is
+slow for a while is slow for all. What counts is the process's CPU time on one thread, training
+steps alone; the target is looked at between them. Peers got their learning rates (and batch sizes,
+where that helps them) from a search on seeds other than those measured.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from torchdyn_snopt import CrossEntropyLoss, SNOpt, SNOptSensitivity
+from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
+from torchdyn_snopt.experiments.environment import describe_environment
+from torchdyn_snopt.experiments.figures import SPARE_STYLES, STYLES
+from torchdyn_snopt.experiments.tasks import TASKS
+from torchdyn_snopt.experiments.tasks.base import Samples
+
+SEEDS = 5
+LOOK_EVERY = 0.05  # seconds of training between looks at the target
+HEAD = ["task", "optimizer", "settings", "seconds to target", "steps", "reached", "ratio"]
+NOTE = (
+    "Seconds of CPU time on one thread until the target, median [range] over seeds; ratio: the "
+    "median over that of the low-rank step. Targets: spiral, MSE 1e-4 on the windows of another "
+    "trajectory; moons, training loss 0.05 over all points. All with the checkpoint adjoint at "
+    "rtol = atol = 1e-3, float32. A budget that is spent counts as infinite."
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer with its tuned settings.
+
+    Attributes:
+        name: In the table.
+        build: From a model to the optimizer.
+        settings: What was tuned, besides the batch.
+        batch_size: Samples a step; all of them when None.
+        closure: Whether a step is given the closure.
+    """
+
+    name: str
+    build: Callable[..., torch.optim.Optimizer]
+    settings: Mapping[str, Any]
+    batch_size: int | None
+    closure: bool = False
+
+
+@dataclass(frozen=True)
+class Race:
+    """A task with its target and contenders.
+
+    Attributes:
+        task: Name of the task.
+        loss: The loss, which seeds curvature.
+        target: Value to reach.
+        on_test: Whether the test set decides, or the training set.
+        budget: Seconds for each contender.
+        peers: The contenders; the first is what the others are compared with.
+    """
+
+    task: str
+    loss: Callable[[Tensor, Tensor], Tensor]
+    target: float
+    on_test: bool
+    budget: float
+    peers: tuple[Peer, ...]
+
+
+def _low_rank(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return SNOpt(model, preconditioner="low_rank", **settings)
+
+
+def _on_parameters(kind: Callable[..., Any], **fixed: Any) -> Callable[..., torch.optim.Optimizer]:
+    def build(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = kind(model.parameters(), **fixed, **settings)
+        return optimizer
+
+    return build
+
+
+_ADAM = _on_parameters(torch.optim.Adam)
+_RMSPROP = _on_parameters(torch.optim.RMSprop)
+_LBFGS = _on_parameters(torch.optim.LBFGS, line_search_fn="strong_wolfe")
+
+
+def _soap(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP  # of the extra 'experiments'
+
+    optimizer: torch.optim.Optimizer = SOAP(model.parameters(), **settings)
+    return optimizer
+
+
+RACES: tuple[Race, ...] = (
+    Race(
+        "spiral",
+        TASKS["spiral"].loss,
+        1e-4,
+        on_test=True,
+        budget=60.0,
+        peers=(
+            Peer("SNOpt low_rank", _low_rank, {"damping": 1e-2}, 20, closure=True),
+            Peer("Adam", _ADAM, {"lr": 3e-2}, 20),
+            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 20),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 10}, 200, closure=True),
+            Peer("SOAP", _soap, {"lr": 3e-2}, 20),
+        ),
+    ),
+    Race(
+        "moons",
+        CrossEntropyLoss(),
+        0.05,
+        on_test=False,
+        budget=60.0,
+        peers=(
+            Peer("SNOpt low_rank", _low_rank, {"damping": 1e-2}, 128, closure=True),
+            Peer("Adam", _ADAM, {"lr": 3e-2}, 128),
+            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 128),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 10}, None, closure=True),
+            Peer("SOAP", _soap, {"lr": 3e-2}, 128),
+        ),
+    ),
+)
+
+
+@dataclass
+class Run:
+    """One contender on one seed, advanced step by step.
+
+    Attributes:
+        peer: Who.
+        seconds: Spent on training steps.
+        steps: Taken.
+        curve: Seconds and values at each look.
+        reached: Seconds at the target, or None.
+        finished: Whether it takes no further turn.
+    """
+
+    race: Race
+    peer: Peer
+    seed: int
+    seconds: float = 0.0
+    steps: int = 0
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    reached: float | None = None
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        task = TASKS[self.race.task]
+        splits = task.load(None)
+        self._train, self._judge = splits.train, splits.test if self.race.on_test else splits.train
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self._model = task.build_model(SNOptSensitivity(adjoint="checkpoint"), task.tolerance)
+        self._optimizer = self.peer.build(self._model, **self.peer.settings)
+        self._batches = _batches(self._train, self.peer.batch_size, self.seed)
+
+    def turn(self) -> None:
+        """Train for `LOOK_EVERY` seconds, at least one step, then look at the target."""
+        until = self.seconds + LOOK_EVERY
+        while self.seconds < until:
+            self._step()
+        with torch.no_grad():
+            value = float(self.race.loss(self._model(self._judge.x), self._judge.y))
+        self.curve.append((self.seconds, value))
+        if value <= self.race.target:
+            self.reached = self.seconds
+        broken = not math.isfinite(value)
+        self.finished = self.reached is not None or broken or self.seconds > self.race.budget
+
+    def _step(self) -> None:
+        batch = next(self._batches)
+
+        def closure() -> Tensor:
+            self._optimizer.zero_grad()
+            loss = self.race.loss(self._model(batch.x), batch.y)
+            loss.backward()
+            return loss
+
+        started = time.process_time()
+        if self.peer.closure:
+            self._optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            closure()
+            self._optimizer.step()
+        self.seconds += time.process_time() - started
+        self.steps += 1
+
+
+def bench_low_rank(
+    rounds: int,
+    device: torch.device,
+    tell: Callable[[str], None],
+    races: Sequence[Race] = RACES,
+) -> BenchReport:
+    """Race the low-rank step against its peers.
+
+    Args:
+        rounds: Seeds.
+        device: The CPU; small models are no work for another one.
+        tell: Told about the progress.
+        races: Which tasks.
+
+    Returns:
+        One table.
+    """
+    raw: list[dict[str, Any]] = []
+    for race in races:
+        for seed in range(rounds):
+            raw += [_describe(run) for run in _run(race, seed, tell)]
+    body = [row for race in races for row in _rows(race, raw)]
+    table = BenchTable("Time to target", HEAD, body)
+    return BenchReport("low-rank", [table], NOTE, describe_environment(device), raw)
+
+
+def _run(race: Race, seed: int, tell: Callable[[str], None]) -> list[Run]:
+    runs = [Run(race, peer, seed) for peer in race.peers]
+    racing = list(runs)
+    while racing:
+        tell(f"{race.task}, seed {seed}: " + ", ".join(run.peer.name for run in racing))
+        for run in racing:
+            run.turn()
+        racing = [run for run in racing if not run.finished]
+        racing = racing[1:] + racing[:1]
+    return runs
+
+
+def _batches(train: Samples, size: int | None, seed: int) -> Iterator[Samples]:
+    """Random batches, the same for every contender with the same size."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        if size is None:
+            yield train
+            continue
+        rows = torch.randint(len(train), (size,), generator=generator)
+        yield Samples(train.x[rows], train.y[rows])
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    return {
+        "task": run.race.task,
+        "optimizer": run.peer.name,
+        "settings": {**run.peer.settings, "batch_size": run.peer.batch_size},
+        "seed": run.seed,
+        "seconds": run.reached,
+        "steps": run.steps,
+        "curve": run.curve,
+    }
+
+
+def _rows(race: Race, raw: list[dict[str, Any]]) -> list[list[str]]:
+    rows, first = [], math.nan
+    for number, peer in enumerate(race.peers):
+        runs = [r for r in raw if r["task"] == race.task and r["optimizer"] == peer.name]
+        times = [math.inf if r["seconds"] is None else r["seconds"] for r in runs]
+        median = statistics.median(times)
+        first = median if number == 0 else first
+        settings = {**peer.settings, "batch": peer.batch_size or "all"}
+        rows.append(
+            [
+                race.task,
+                peer.name,
+                ", ".join(f"{key} {value}" for key, value in settings.items()),
+                f"{median:.2f} [{min(times):.2f}, {max(times):.2f}]",
+                f"{statistics.median(r['steps'] for r in runs):.0f}",
+                f"{sum(math.isfinite(t) for t in times)} of {len(times)}",
+                f"{median / first:.2f}",
+            ]
+        )
+    return rows
+
+
+def draw(report: BenchReport, races: Sequence[Race] = RACES) -> Figure:
+    """Curves of every run: the judged loss over seconds.
+
+    Args:
+        report: Of `bench_low_rank`.
+        races: Those it was made of.
+
+    Returns:
+        A picture.
+    """
+    figure = Figure(figsize=(5.2 * len(races), 4.0), layout="constrained")
+    (axes,) = figure.subplots(1, len(races), squeeze=False)
+    styles = [*STYLES.values(), *SPARE_STYLES]
+    for axis, race in zip(axes, races, strict=True):
+        for peer, style in zip(race.peers, styles, strict=False):
+            runs = [
+                r
+                for r in report.raw
+                if r["task"] == race.task and r["optimizer"] == peer.name and r["curve"]
+            ]
+            for number, run in enumerate(runs):
+                x, y = zip(*run["curve"], strict=True)
+                axis.loglog(
+                    x,
+                    y,
+                    color=style.color,
+                    linestyle=style.line,
+                    marker=style.marker,
+                    markevery=[len(x) - 1],
+                    linewidth=0.9,
+                    label=peer.name if number == 0 else None,
+                )
+        axis.axhline(race.target, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
+        axis.set_xlabel("CPU time [s]")
+        axis.set_ylabel("test MSE" if race.on_test else "training loss")
+        axis.set_title(race.task)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    return figure
