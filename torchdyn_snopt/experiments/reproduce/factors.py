@@ -30,11 +30,11 @@ from torchdyn_snopt.experiments.tasks.base import Last, neural_ode
 
 Kind = Literal["empirical", "mc", "ggn"]
 KINDS: tuple[Kind, ...] = ("empirical", "mc", "ggn")
-BATCH, STEPS = 64, 30
+BATCH, STEPS = 32, 10
 HEAD = ["model", "state", "layer", *KINDS]
 NOTE = (
     f"Relative distance ‖A ⊗ B − G‖ / ‖G‖ (Frobenius) to the exact block G of the Gauss–Newton "
-    f"matrix, one batch of {BATCH} samples, float64, solves at 1e-6; at the initial weights and "
+    f"matrix, one batch of {BATCH} samples, float64, solves at 1e-4; at the initial weights and "
     f"after {STEPS} steps of SNOpt. 'empirical' has another limit than G: outer products of "
     "gradients. 'mc': one draw a sample."
 )
@@ -65,14 +65,14 @@ def _task(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> Model:
         rows = torch.linspace(0, len(train) - 1, BATCH).long()
         return _wide(train.x[rows]), _wide(train.y[rows])
 
-    return Model(name, lambda: task.build_model("snopt", 1e-6), loss, batch)
+    return Model(name, lambda: task.build_model("snopt", 1e-4), loss, batch)
 
 
 def _images() -> nn.Module:
     """A small convolutional classifier of the digits, whose blocks can be written down."""
     field = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1))
     encoder = nn.Conv2d(1, 4, 3, stride=2, padding=1)
-    node = neural_ode(field, "snopt", 1e-6)
+    node = neural_ode(field, "snopt", 1e-4)
     return nn.Sequential(encoder, node, Last(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
 
 
