@@ -19,17 +19,17 @@ def test_a_race_of_two_ends_with_a_table_and_a_picture(tmp_path):
         dataclasses.replace(RACE.peers[1], settings={"lr": 1e-9}),
     )
     race = dataclasses.replace(RACE, peers=peers)
-    report = low_rank.bench_low_rank(1, torch.device("cpu"), lambda _: None, [race])
-    quick, stuck = report.raw
+    measured = low_rank.race(1, lambda _: None, [race])
+    quick, stuck = measured.report.raw
     assert quick["seconds"] is not None
     assert quick["curve"][-1][1] <= 0.6
     assert stuck["seconds"] is None
     assert stuck["curve"][-1][0] > race.budget
-    (table,) = report.tables
+    (table,) = measured.report.tables
     assert [row[1] for row in table.body] == ["SNOpt low_rank", "Adam"]
     assert table.body[0][5:] == ["1 of 1", "1.00"]
     assert table.body[1][5:] == ["0 of 1", "inf"]
-    low_rank.draw(report, [race]).savefig(tmp_path / "race.png")
+    assert [path.suffix for path in measured.write(tmp_path)] == [".md", ".json", ".png"]
 
 
 def test_all_peers_of_a_seed_start_alike_and_see_the_same_batches():

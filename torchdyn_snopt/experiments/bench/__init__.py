@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from torchdyn_snopt.experiments.bench.adjoint import bench_adjoint
-from torchdyn_snopt.experiments.bench.low_rank import bench_low_rank
 from torchdyn_snopt.experiments.bench.memory import bench_memory
 from torchdyn_snopt.experiments.bench.refresh import bench_refresh
 from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
@@ -21,5 +20,4 @@ BENCHMARKS: dict[str, Benchmark] = {
     "adjoint": bench_adjoint,
     "refresh": bench_refresh,
     "memory": bench_memory,
-    "low-rank": bench_low_rank,
 }

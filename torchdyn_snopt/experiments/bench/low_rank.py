@@ -24,6 +24,7 @@ from torchdyn_snopt import CrossEntropyLoss, SNOpt, SNOptSensitivity
 from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
 from torchdyn_snopt.experiments.environment import describe_environment
 from torchdyn_snopt.experiments.figures import SPARE_STYLES, STYLES
+from torchdyn_snopt.experiments.reproduce.measured import Measured
 from torchdyn_snopt.experiments.tasks import TASKS
 from torchdyn_snopt.experiments.tasks.base import Samples
 
@@ -198,30 +199,26 @@ class Run:
         self.steps += 1
 
 
-def bench_low_rank(
-    rounds: int,
-    device: torch.device,
-    tell: Callable[[str], None],
-    races: Sequence[Race] = RACES,
-) -> BenchReport:
-    """Race the low-rank step against its peers.
+def race(seeds: int, tell: Callable[[str], None], races: Sequence[Race] = RACES) -> Measured:
+    """Race the low-rank step against its peers, on the CPU.
 
     Args:
-        rounds: Seeds.
-        device: The CPU; small models are no work for another one.
+        seeds: How many.
         tell: Told about the progress.
         races: Which tasks.
 
     Returns:
-        One table.
+        Table and curves.
     """
     raw: list[dict[str, Any]] = []
-    for race in races:
-        for seed in range(rounds):
-            raw += [_describe(run) for run in _run(race, seed, tell)]
-    body = [row for race in races for row in _rows(race, raw)]
+    for entry in races:
+        for seed in range(seeds):
+            raw += [_describe(run) for run in _run(entry, seed, tell)]
+    body = [row for entry in races for row in _rows(entry, raw)]
     table = BenchTable("Time to target", HEAD, body)
-    return BenchReport("low-rank", [table], NOTE, describe_environment(device), raw)
+    environment = describe_environment(torch.device("cpu"))
+    report = BenchReport("low-rank", [table], NOTE, environment, raw)
+    return Measured(report, _draw(raw, races))
 
 
 def _run(race: Race, seed: int, tell: Callable[[str], None]) -> list[Run]:
@@ -281,16 +278,8 @@ def _rows(race: Race, raw: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def draw(report: BenchReport, races: Sequence[Race] = RACES) -> Figure:
-    """Curves of every run: the judged loss over seconds.
-
-    Args:
-        report: Of `bench_low_rank`.
-        races: Those it was made of.
-
-    Returns:
-        A picture.
-    """
+def _draw(raw: Sequence[dict[str, Any]], races: Sequence[Race]) -> Figure:
+    """Curves of every run: the judged loss over seconds."""
     figure = Figure(figsize=(5.2 * len(races), 4.0), layout="constrained")
     (axes,) = figure.subplots(1, len(races), squeeze=False)
     styles = [*STYLES.values(), *SPARE_STYLES]
@@ -298,7 +287,7 @@ def draw(report: BenchReport, races: Sequence[Race] = RACES) -> Figure:
         for peer, style in zip(race.peers, styles, strict=False):
             runs = [
                 r
-                for r in report.raw
+                for r in raw
                 if r["task"] == race.task and r["optimizer"] == peer.name and r["curve"]
             ]
             for number, run in enumerate(runs):

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torchdyn_snopt.errors import InvalidInputError
 from torchdyn_snopt.experiments.reproduce import fig5, fig10, table5
+from torchdyn_snopt.experiments.reproduce.factors import run_factors
+from torchdyn_snopt.experiments.reproduce.measured import Measured
 from torchdyn_snopt.experiments.reproduce.study import Reproduction, Request, Study, Table
+from torchdyn_snopt.experiments.reproduce.table1 import run_table1
+from torchdyn_snopt.experiments.reproduce.table2 import run_table2
 
-__all__ = ["REPRODUCTIONS", "Reproduction", "Request", "Study", "Table", "get_reproduction"]
+__all__ = [
+    "MEASUREMENTS",
+    "REPRODUCTIONS",
+    "Measured",
+    "Reproduction",
+    "Request",
+    "Study",
+    "Table",
+    "get_reproduction",
+]
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     study.name: study for study in (fig5.STUDY, fig10.STUDY, table5.STUDY)
+}
+
+# Those that train nothing, from whom to tell about the progress.
+MEASUREMENTS: dict[str, Callable[[Callable[[str], None]], Measured]] = {
+    "table1": run_table1,
+    "table2": run_table2,
+    "factors": run_factors,
 }
 
 
@@ -29,7 +51,7 @@ def get_reproduction(name: str) -> Reproduction:
         raise InvalidInputError(
             "there is no such reproduction",
             got=f"{name!r}",
-            allowed=", ".join(REPRODUCTIONS),
+            allowed=", ".join([*REPRODUCTIONS, *MEASUREMENTS]),
             do="choose one of these names",
         )
     return REPRODUCTIONS[name]
