@@ -133,7 +133,7 @@ def _measure(case: FieldCase, seed: int) -> list[dict[str, Any]]:
     return results
 
 
-def _solver(name: str, t1: float) -> tuple[Any, list[float], dict[str, float]]:
+def _solver(name: str, t1: float) -> tuple[Any, list[float], dict[str, Any]]:
     """Method, times and tolerances."""
     grid = [t1 * i / STEPS for i in range(STEPS + 1)]
     if name == "implicit_adams":
@@ -167,7 +167,7 @@ def _truth(field: nn.Module, x0: Tensor, t1: float) -> tuple[Tensor, Tensor]:
 
     flat = theta.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(total(flat), flat)
-    matrix: Tensor = hessian(total, theta, vectorize=True)  # type: ignore[no-untyped-call]
+    matrix: Tensor = hessian(total, theta, vectorize=True)
     return gradient, matrix
 
 
