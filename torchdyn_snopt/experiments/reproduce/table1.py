@@ -34,7 +34,7 @@ HEAD = [
     "field", "solver", "∂L/∂θ, adjoint", "∂²L/∂θ², recursive", "∂²L/∂θ², Theorem 1", "ratio",
 ]  # fmt: skip
 NOTE = (
-    "Relative errors (Frobenius), median of three draws of the weights; float64. Theorem 1: "
+    "Relative errors (Frobenius), median over draws of the weights; float64. Theorem 1: "
     "second_order_adjoint(exact=True), the Hessian. Ratio: recursive over Theorem 1. rk4 and "
     f"implicit_adams (torchdiffeq) take {STEPS} steps; dopri5 works at rtol = atol = "
     f"{TOLERANCE:g}. F = tanh network 2-3-2; 'contracting' subtracts 5x, 'timed' multiplies by "
