@@ -238,7 +238,7 @@ def test_the_closure_trains_to_far_below_what_the_schedule_starts_from():
         loss.backward()
         return loss
 
-    losses = [float(optimizer.step(closure)) for _ in range(12)]
+    losses = [optimizer.step(closure).item() for _ in range(12)]
     assert losses[-1] < 1e-8 < 1e-2 < losses[0]
     assert losses == sorted(losses, reverse=True)
 

@@ -64,7 +64,7 @@ SWEEPS: dict[str, tuple[Size, ...]] = {
     "m": tuple(Size(length=length) for length in (16, 32, 64, 128)),
     "n": tuple(Size(length=2, width=width) for width in (16, 32, 64, 128)),
     "R": tuple(Size(length=64, width=32, rank=rank) for rank in (4, 16, 64, 256)),
-    "depth": tuple(Size(length=4, depth=depth) for depth in (16, 32, 64, 128)),
+    "depth": tuple(Size(depth=depth) for depth in (2, 4, 8, 16)),
 }
 PAPER = {
     "Theorem 1": "(m+n)²",
