@@ -3,8 +3,8 @@
 All contenders of one task and seed start from the same weights and take turns on one process, a
 fraction of a second each, until each has reached the target or spent its budget: a machine that is
 slow for a while is slow for all. What counts is the process's CPU time on one thread, training
-steps alone; the target is looked at between them. Peers got their learning rates (and batch sizes,
-where that helps them) from a search on seeds other than those measured.
+steps alone; the target is looked at between them. The
+settings of all are those of a small search on seed 0.
 """
 
 from __future__ import annotations
