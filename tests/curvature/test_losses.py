@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import hessian
 
-from torchdyn_snopt.curvature.losses import CrossEntropyLoss, GaussianNLLLoss, MSELoss
+from torchdyn_snopt.curvature.losses import (
+    CrossEntropyLoss,
+    GaussianNLLLoss,
+    MSELoss,
+    _class_columns,
+)
 from torchdyn_snopt.curvature.record import record_curvature
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
@@ -212,3 +217,12 @@ def test_refusals():
             pytest.raises(UnsupportedError, match="two kinds of seeds"),
         ):
             CrossEntropyLoss()(layer(x), target)
+
+
+def test_columns_of_sure_predictions_stay_finite() -> None:
+    logits = torch.tensor([[0.0, 200.0, -200.0], [300.0, 0.0, 0.0], [0.0, 0.0, 90.0]])
+    columns = _class_columns(logits.softmax(-1))
+    assert columns.shape == (2, 3, 3)
+    p = logits.softmax(-1)
+    hessian = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    torch.testing.assert_close(torch.einsum("rni,rnj->nij", columns, columns), hessian)

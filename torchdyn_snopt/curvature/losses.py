@@ -122,8 +122,8 @@ class _Seed(Function):
 class CrossEntropyLoss(nn.CrossEntropyLoss, _Seeded):
     """`torch.nn.CrossEntropyLoss` with seeds: H = diag(p) − p pᵀ for each sample and position.
 
-    'ggn' has one column √p_c (e_c − p) for each class c and position, 'mc' one column e_ĉ − p with
-    a class ĉ drawn from p (at every position) for each of ``samples``.
+    'ggn' has C − 1 columns for each position, those of H's Cholesky factor (Tanabe & Sagae 1992),
+    'mc' one column e_ĉ − p with a class ĉ drawn from p (at every position) for each of ``samples``.
     """
 
     def __init__(
@@ -165,9 +165,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, _Seeded):
         terms, total = self._weights(rows, target if batched else target.unsqueeze(0))
         p = rows.softmax(-1)
         if kind == "ggn":
-            eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-            columns = p.movedim(-1, 0).sqrt().unsqueeze(-1) * _against(eye, p)
-            columns = _spread_positions(columns)
+            columns = _spread_positions(_class_columns(p))
         else:
             classes = torch.multinomial(
                 p.reshape(-1, p.shape[-1]), self.samples, replacement=True, generator=self.generator
@@ -316,9 +314,19 @@ class GaussianNLLLoss(nn.GaussianNLLLoss, _Seeded):
         return [of_mean, of_var.sum_to_size(len(of_var), *wide).view(len(of_var), *narrow)]
 
 
-def _against(eye: Tensor, p: Tensor) -> Tensor:
-    """e_c − p for each class: ``[C, N, ..., C]``."""
-    return eye.view(eye.shape[0], *[1] * (p.dim() - 1), eye.shape[0]) - p
+def _class_columns(p: Tensor) -> Tensor:
+    """The Cholesky factor of diag(p) − p pᵀ by columns, from p ``[..., C]``: ``[C − 1, ..., C]``.
+
+    With the tails s_c = Σ_{k ≥ c} p_k, column c is √(p_c / (s_c s_{c+1})) (s_{c+1} e_c − Σ_{k > c} p_k e_k).
+    """
+    classes = p.shape[-1]
+    tails = p.flip(-1).cumsum(-1).flip(-1).movedim(-1, 0).unsqueeze(-1)
+    tails, own = tails.clamp(min=torch.finfo(p.dtype).tiny), p.movedim(-1, 0).unsqueeze(-1)
+    scale = (own[:-1] / tails[:-1] / tails[1:]).sqrt()
+    shape = (classes, *[1] * (p.dim() - 1), classes)
+    eye = torch.eye(classes, dtype=p.dtype, device=p.device)
+    later = torch.ones_like(eye).triu(1)
+    return scale * (tails[1:] * eye.view(shape)[:-1] - later.view(shape)[:-1] * p)
 
 
 def _spread_positions(columns: Tensor) -> Tensor:
