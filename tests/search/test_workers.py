@@ -41,6 +41,7 @@ def check(url, name, out, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # of a busy machine; on a free one some seconds
 @pytest.mark.parametrize("storage", ["journal", "postgresql"])
 def test_three_workers_one_of_them_killed(storage, tmp_path, request):
     if storage == "postgresql":

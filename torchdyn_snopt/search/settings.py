@@ -39,7 +39,7 @@ class SearchSettings:
     seeds: int = 1
     epochs: int = 3
     nfe_weight: float = 1e-3
-    penalty: float = 0.5
+    penalty: float = 2.0
     t1: float = 1.0
     low: float = 0.05
     high: float = 3.0
