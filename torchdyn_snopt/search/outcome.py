@@ -109,7 +109,7 @@ class Guards:
         for name in ("evaluations", "seconds"):
             used, limit = getattr(progress, name), getattr(self, name)
             if used > limit:
-                return f"pruned: {used:g} {_UNITS[name]}, above the guard of {limit:g}"
+                return f"{used:g} {_UNITS[name]}, above the guard of {limit:g}"
         return None
 
 
