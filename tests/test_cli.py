@@ -307,7 +307,8 @@ def test_every_benchmark_has_a_command():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["train", "bench"]),
+        (["--help"], ["train", "search", "bench"]),
+        (["search", "--help"], ["--arms", "--trials", "--storage", "--worker", "--dashboard"]),
         (["train", "--help"], ["--optimizer", "--resume", "--seeds", "runs/TASK"]),
         (["bench", "--help"], ["adjoint", "refresh", "memory"]),
         (["bench", "adjoint", "--help"], ["--json", "--repeats"]),

@@ -105,7 +105,7 @@ def test_the_citation_prefers_the_paper():
 def test_the_readme_has_two_set_up_commands_of_one_line():
     assert re.findall(r"<!-- command: (\w+) -->", README) == ["main", "test"]
     (main,), (test,) = readme_command("main"), readme_command("test")
-    assert main.endswith("&& torchdyn-snopt train digits")
+    assert main.endswith("&& torchdyn-snopt search digits")
     assert test.endswith("&& python -m pytest")
 
 

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torchdyn_snopt.experiments.configuration import RunResult
     from torchdyn_snopt.experiments.report import Report
     from torchdyn_snopt.experiments.reproduce.measured import Measured
+    from torchdyn_snopt.experiments.search import SearchOutcome, SearchRequest
     from torchdyn_snopt.experiments.tables import SummaryTable
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -163,11 +165,14 @@ def _show_files(files: list[Path], out: Path) -> None:
 
 def _print_table(summary: SummaryTable) -> None:
     """One row per optimizer where that fits, else one column per optimizer."""
-    rows = [summary.head, *summary.body()]
-    table = _rich_table(summary.title, rows)
+    _print_rows(summary.title, [summary.head, *summary.body()])
+
+
+def _print_rows(title: str, rows: list[list[str]]) -> None:
+    table = _rich_table(title, rows)
     unbounded = console.options.update(max_width=UNBOUNDED)
     if Measurement.get(console, unbounded, table).maximum > console.width:
-        table = _rich_table(summary.title, [list(column) for column in zip(*rows, strict=True)])
+        table = _rich_table(title, [list(column) for column in zip(*rows, strict=True)])
     console.print(table)
 
 
@@ -196,8 +201,6 @@ def _conclude(results: list[RunResult]) -> None:
 
 def _resume_arguments(arguments: list[str]) -> list[str]:
     """The same command line, with --resume."""
-    import shlex
-
     kept = [shlex.quote(word) for word in arguments if word not in {"--overwrite", "--resume"}]
     return [*kept, "--resume"]
 
@@ -398,6 +401,144 @@ def _measure(title: str, run: Callable[[Callable[[str], None]], Measured], out: 
         _fail(error)
     except OSError as error:
         _fail_on_file(error)
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def search(
+    task: Annotated[str, typer.Argument(help="The task whose horizon is searched: digits, ...")],
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Arms, parted by commas: policy, gradient, tpe, grid, hyperband, median, joint, "
+            "joint-tpe. Without it: policy, gradient, tpe, hyperband, joint."
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Trials of each searching arm and seed, in total over all starts."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repetitions of everything: 0, 1, ...")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training data in each run.")
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(min=0.0, help="c of c/2·t1², where t1 moves.")
+    ] = None,
+    nfe_weight: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Weight of NFE in the objective, error + weight × NFE."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trials of an arm that are proposed together."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="sqlite:///FILE for one process, journal:FILE for several, postgresql://... for "
+            "many machines. Without it: a file in the output folder."
+        ),
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Join the others on --storage, and write no report.")
+    ] = False,
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study. Without it: the task's.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Begin no trial after so many seconds.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Output folder. Without it: runs/search-TASK.", file_okay=False),
+    ] = None,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Serve the study's web page on this machine.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, help="Of the web page. 0: any.")] = 0,
+    device: DeviceOption = "cpu",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with data sets, for tasks that need one.",
+            envvar="TORCHDYN_SNOPT_DATA",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Compare SNOpt's policy for t1 with Optuna's searches; leaves a table, a report and pictures.
+
+    Started again, it goes on where it was, and adds nothing once all trials have ended. Ctrl-C
+    leaves a study that goes on.
+    """
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.search import SearchRequest, parse_arms, run_search
+    from torchdyn_snopt.experiments.search_display import search_display
+    from torchdyn_snopt.experiments.tasks import get_task
+
+    try:
+        wanted = {
+            "arms": parse_arms(arms),
+            "trials": trials,
+            "seeds": seeds,
+            "epochs": epochs,
+            "penalty": penalty,
+            "nfe_weight": nfe_weight,
+            "batch": batch,
+        }
+        request = SearchRequest(
+            task=get_task(task),
+            out=out or Path("runs") / f"search-{task}",
+            study=study or task,
+            storage=storage,
+            wanted={name: value for name, value in wanted.items() if value is not None},
+            jobs=jobs,
+            worker=worker,
+            seconds=seconds,
+            device=_device(device),
+            data_dir=data_dir,
+            dashboard=dashboard,
+            port=port,
+        )
+        outcome = run_search(request, search_display(console), lambda line: console.print(line))
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
+    _show_search(outcome, request)
+
+
+def _show_search(outcome: SearchOutcome, request: SearchRequest) -> None:
+    from torchdyn_snopt.search import arm_table
+
+    table = arm_table(outcome.comparison)
+    if table.body and not request.worker:
+        console.print()
+        _print_rows(table.title, [table.head, *table.body])
+        for note in table.notes:
+            console.print(note, style="dim")
+        _show_files(outcome.files, request.out)
+    if not outcome.finished:
+        why = "Stopped" if outcome.interrupted else "The time is up"
+        command = shlex.join(["torchdyn-snopt", *sys.argv[1:]])
+        console.print(f"\n{why}; nothing is lost. To go on:\n  {command}", soft_wrap=True)
+        if outcome.interrupted:
+            raise typer.Exit(INTERRUPTED)
+    elif not outcome.added:
+        console.print(
+            f"Nothing was added: all {outcome.comparison.planned} trials of study "
+            f"'{request.study}' had ended before. A larger --trials or --seeds adds some.",
+            soft_wrap=True,
+        )
 
 
 # --- errors ---------------------------------------------------------------------------------------
