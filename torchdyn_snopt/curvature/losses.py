@@ -317,8 +317,10 @@ class GaussianNLLLoss(nn.GaussianNLLLoss, _Seeded):
 def _class_columns(p: Tensor) -> Tensor:
     """The Cholesky factor of diag(p) − p pᵀ by columns, from p ``[..., C]``: ``[C − 1, ..., C]``.
 
-    With the tails s_c = Σ_{k ≥ c} p_k, column c is √(p_c / (s_c s_{c+1})) (s_{c+1} e_c − Σ_{k > c} p_k e_k).
-    """
+    With the tails s_c = Σ_{k ≥ c} p_k, column c is
+
+        √(p_c / (s_c s_{c+1})) (s_{c+1} e_c − Σ_{k > c} p_k e_k).
+    """  # noqa: DOC201  # the first line says it
     classes = p.shape[-1]
     tails = p.flip(-1).cumsum(-1).flip(-1).movedim(-1, 0).unsqueeze(-1)
     tails, own = tails.clamp(min=torch.finfo(p.dtype).tiny), p.movedim(-1, 0).unsqueeze(-1)

@@ -22,7 +22,7 @@ from torchdyn_snopt.experiments.suite import Suite, run_suite
 from torchdyn_snopt.experiments.tasks import Task
 
 CONFIDENCE = 0.95
-PENALTY = 2.0  # c of c/2·t1² where t1 is learned: a t1 of 1 then costs as much as a loss of 1
+PENALTY = 3.0  # c of c/2·t1² where t1 is learned: a t1 of 1 then costs as much as a loss of 1.5
 DPI = 150
 
 
