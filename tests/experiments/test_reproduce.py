@@ -87,13 +87,13 @@ def test_the_spread_is_of_the_last_quarter():
         (
             "fig10",
             [
-                "policy from t1=1, c=2",
-                "policy from t1=0.05, c=2",
-                "gradient from t1=1, c=2",
-                "gradient from t1=0.05, c=2",
+                "policy from t1=1, c=3",
+                "policy from t1=0.05, c=3",
+                "gradient from t1=1, c=3",
+                "gradient from t1=0.05, c=3",
             ],
         ),
-        ("table5", ["t1=1", "gradient from t1=1, c=2", "policy from t1=1, c=2"]),
+        ("table5", ["t1=1", "gradient from t1=1, c=3", "policy from t1=1, c=2"]),
     ],
 )
 def test_a_reproduction_leaves_a_table_and_a_picture(tmp_path, name, rows):
