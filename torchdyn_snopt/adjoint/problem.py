@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.errors import InvalidInputError, UnsupportedError, check_real
 from torchdyn_snopt.solvers import (
     DEFAULT_MAX_STEPS,
     DOPRI5,
@@ -76,11 +77,12 @@ class SNOptSensitivity:
                     allowed=", ".join(repr(choice) for choice in allowed),
                     do=f"pass {name}={allowed[0]!r}",
                 )
-        if not self.grid_step > 0:
+        grid_step = check_real("grid_step", self.grid_step, do="pass grid_step=0.01")
+        if not 0 < grid_step < math.inf:
             raise InvalidInputError(
                 "the grid of the curvature quadrature has no positive step",
                 got=f"grid_step={self.grid_step!r}",
-                allowed="a number above 0, in units of t",
+                allowed="a finite number above 0, in units of t",
                 do="pass grid_step=0.01",
             )
         Tolerances(max_steps=self.max_steps)

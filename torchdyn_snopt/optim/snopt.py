@@ -16,8 +16,9 @@ from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector, take_failed
 from torchdyn_snopt.curvature.seeds import trial
-from torchdyn_snopt.errors import SolverError, UnsupportedError
+from torchdyn_snopt.errors import SNOptError, SolverError, UnsupportedError, check_instance
 from torchdyn_snopt.optim import fallback as fallbacks
+from torchdyn_snopt.optim.arguments import check_group, check_params, check_saved
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.low_rank import (
@@ -79,7 +80,7 @@ class SNOpt(Optimizer):
 
     Raises:
         InvalidInputError: a setting out of range.
-        UnsupportedError: complex parameters.
+        UnsupportedError: complex parameters, or a model sharded by FSDP.
 
     Source: Liu, Chen & Theodorou 2021, Algorithms 1 and 2, Eqs. 13, 14.
     """
@@ -108,6 +109,14 @@ class SNOpt(Optimizer):
         foreach: bool | None = None,
         horizon: HorizonPolicy | None = None,
     ) -> None:
+        check_params(params)
+        check_instance(
+            "horizon",
+            horizon,
+            (HorizonPolicy, type(None)),
+            allowed="a HorizonPolicy, or None for its defaults",
+            do="pass horizon=HorizonPolicy(lr=0.5), say",
+        )
         # None where left out: a group with another preconditioner takes the defaults of that one.
         self._settings: Group = {
             "lr": lr,
@@ -168,20 +177,16 @@ class SNOpt(Optimizer):
             param_group: 'params' and any settings.
 
         Raises:
-            UnsupportedError: a complex parameter.
+            SNOptError: a setting out of range, or a parameter that is complex or no real number.
         """
         own = {name: value for name, value in param_group.items() if name in self._settings}
         super().add_param_group({**param_group, **resolve({**self._settings, **own})})
         group = self.param_groups[-1]
-        refused = next((p for p in group["params"] if p.is_complex()), None)
-        if refused is not None:
+        try:
+            check_group(group)
+        except SNOptError:
             self.param_groups.pop()
-            raise UnsupportedError(
-                "complex parameters are not supported",
-                got=f"a parameter of {refused.dtype}",
-                allowed="floating-point parameters",
-                do="use torch.view_as_real",
-            )
+            raise
         for i, p in enumerate(group["params"]):
             name = f"group {len(self.param_groups) - 1}, #{i}"
             self._names.setdefault(p, group["param_names"][i] if "param_names" in group else name)
@@ -389,8 +394,10 @@ class SNOpt(Optimizer):
         """Load what `state_dict` returned, here or on another device or process.
 
         Args:
-            state_dict: it; not changed.
+            state_dict: it; not changed. That of another optimizer, or of a model with other
+                parameters, is an `InvalidInputError` that says what differs.
         """
+        check_saved(state_dict, self.param_groups, self._settings)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; factors of low-precision parameters stay wide.
         saved = state_dict["state"]
