@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -39,6 +39,31 @@ def check_params(params: object) -> None:
         )
 
 
+def check_whole(module: nn.Module) -> None:
+    """Refuse models whose layers are spread over processes.
+
+    Args:
+        module: the model.
+
+    Raises:
+        UnsupportedError: it is sharded by FSDP.
+    """
+    for part in module.modules():
+        names = {kind.__name__ for kind in type(part).__mro__}
+        if names & {"FullyShardedDataParallel", "FSDPModule"}:
+            _refuse_shards(f"a {type(part).__name__}")
+
+
+def _refuse_shards(got: str) -> NoReturn:
+    raise UnsupportedError(
+        "a sharded model (FSDP, tensor parallel, ZeRO 3) has no whole layers to precondition",
+        got=got,
+        allowed="one copy of the model on each rank",
+        do="wrap the model in DistributedDataParallel (in Lightning: strategy='ddp'), or use "
+        "torch.optim.AdamW for sharded training",
+    )
+
+
 def check_group(group: Group) -> None:
     """Refuse parameters that cannot be moved by a real gradient of their own.
 
@@ -47,9 +72,13 @@ def check_group(group: Group) -> None:
 
     Raises:
         InvalidInputError: integers.
-        UnsupportedError: complex numbers.
+        UnsupportedError: complex numbers, or shards of parameters.
     """
     for p in group["params"]:
+        # Known by what their wrappers leave on them, without importing any of those.
+        is_shard = getattr(p, "_fsdp_flattened", False) or hasattr(p, "ds_id")
+        if is_shard or type(p.data).__name__ == "DTensor":
+            _refuse_shards(f"a parameter of type {type(p.data).__name__} that is a shard")
         if p.is_complex():
             raise UnsupportedError(
                 "complex parameters are not supported",

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchdyn_snopt.curvature.horizon import HorizonWatch, horizon_spec
-from torchdyn_snopt.errors import InvalidInputError, check_real
+from torchdyn_snopt.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -77,8 +77,6 @@ class HorizonPolicy:
     feedback: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("lr", "decay", "trust"):
-            check_real(name, getattr(self, name), do=f"leave {name} at its default")
         ranges = {
             "lr": (0.0 <= self.lr < math.inf, "a finite number of at least 0"),
             "interval": (_is_count(self.interval, 1), "a whole number of at least 1"),

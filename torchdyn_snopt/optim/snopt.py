@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchdyn_snopt.curvature.columns import ColumnCollector
@@ -18,7 +19,7 @@ from torchdyn_snopt.curvature.registry import Collector, take_failed
 from torchdyn_snopt.curvature.seeds import trial
 from torchdyn_snopt.errors import SNOptError, SolverError, UnsupportedError, check_instance
 from torchdyn_snopt.optim import fallback as fallbacks
-from torchdyn_snopt.optim.arguments import check_group, check_params, check_saved
+from torchdyn_snopt.optim.arguments import check_group, check_params, check_saved, check_whole
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.low_rank import (
@@ -29,10 +30,13 @@ from torchdyn_snopt.optim.low_rank import (
     decay_damping,
     next_damping,
 )
-from torchdyn_snopt.optim.preconditioners import TABLE, guarded_refresh
+from torchdyn_snopt.optim.preconditioners import TABLE
+from torchdyn_snopt.optim.ranks import Collected, Ranks, pool, refresh
 from torchdyn_snopt.optim.settings import PAPER, resolve
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.optim.preconditioners import Report
 
@@ -75,6 +79,8 @@ class SNOpt(Optimizer):
         maximize: ascend.
         foreach: False updates tensor by tensor (less memory, slower).
         horizon: settings of the policy (Eq. 16) that moves each `Horizon` among the parameters.
+        process_group: the processes that train this model together, whose curvature is averaged as
+            DistributedDataParallel averages their gradients; all of torch.distributed when None.
 
     Arguments left out take the defaults of the preconditioner (``optim.settings.DEFAULTS``).
 
@@ -108,6 +114,7 @@ class SNOpt(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         horizon: HorizonPolicy | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         check_params(params)
         check_instance(
@@ -142,11 +149,17 @@ class SNOpt(Optimizer):
         self._collectors: list[Collector] = []
         self._recorders: list[OutsideRecorder] = []
         self._horizons = HorizonMover()
+        self._ranks = Ranks(process_group)
         self._names: dict[Tensor, str] = {}
         self._modules: list[LayerModule] = []
         if isinstance(params, nn.Module):
-            self._modules = [module for module in params.modules() if is_supported(module)]
-            self._names = {p: name for name, p in params.named_parameters()}
+            check_whole(params)
+            model: nn.Module = params
+            if isinstance(params, DistributedDataParallel):
+                self._ranks = Ranks(process_group or params.process_group)
+                model = params.module
+            self._modules = [module for module in model.modules() if is_supported(module)]
+            self._names = {p: name for name, p in model.named_parameters()}
             params = [p for p in self._names if p.requires_grad]
         #: Figures of the last step worth logging, e.g. the trust region's factor.
         self.report: Report = {}
@@ -243,7 +256,7 @@ class SNOpt(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if take_failed(self._parameters()):
+        if self._failed():
             self.skipped_steps += 1
             self._forget()
             return loss
@@ -313,26 +326,42 @@ class SNOpt(Optimizer):
         reduction = after - before if group["maximize"] else before - after
         return reduction if math.isfinite(after) else -math.inf
 
-    def _refresh(self, group: Group, collector: Collector) -> None:
-        preconditioner = TABLE[group["preconditioner"]]
-        position = {id(p): i for i, p in enumerate(group["params"])}
-        for module, factors in collector.collected():
-            state = self.state[module.weight]
-            bias = position[id(module.bias)] if collector.takes_bias(module) else None
-            if not state.get("ready", False) or state["bias"] != bias:
-                self._adopt(group, module, bias)
-            layer = self._layer(group, module.weight)
-            layer.absorb(factors, group["factor_decay"])
-            guarded_refresh(preconditioner, layer, group)
+    def _failed(self) -> bool:
+        """Whether a solve has failed, on any rank."""
+        params = self._parameters()
+        self._ranks.check_same(params)
+        return self._ranks.any(take_failed(params), params[0])
 
-    def _adopt(self, group: Group, module: LayerModule, bias: int | None) -> None:
+    def _refresh(self, group: Group, collector: Collector) -> None:
+        position = {id(p): i for i, p in enumerate(group["params"])}
+        collected = [
+            Collected(
+                position[id(module.weight)],
+                position[id(module.bias)] if collector.takes_bias(module) else None,
+                getattr(module, "groups", 1),
+                totals,
+            )
+            for module, totals in collector.totals()
+        ]
+        layers = []
+        for one in pool(self._ranks, collected, group):
+            weight = group["params"][one.weight]
+            state = self.state[weight]
+            if not state.get("ready", False) or state["bias"] != one.bias:
+                self._adopt(group, one)
+            layer = self._layer(group, weight)
+            layer.absorb(one.totals.factors(collector.spec), group["factor_decay"])
+            layers.append(layer)
+        refresh(self._ranks, TABLE[group["preconditioner"]], layers, group)
+
+    def _adopt(self, group: Group, one: Collected) -> None:
         """Start afresh, from the fallback or with(out) the bias: moments change their shape."""
-        if bias is not None:
-            self.state[group["params"][bias]].clear()
-        state = self.state[module.weight]
+        if one.bias is not None:
+            self.state[group["params"][one.bias]].clear()
+        state = self.state[group["params"][one.weight]]
         state.clear()
         # Indices, not references: the state is saved and must find its way without the modules.
-        state["groups"], state["bias"] = getattr(module, "groups", 1), bias
+        state["groups"], state["bias"] = one.groups, one.bias
 
     def _layer(self, group: Group, weight: Tensor) -> Layer:
         state = self.state[weight]
@@ -419,6 +448,7 @@ class SNOpt(Optimizer):
         super().__setstate__(state)
         self._collectors, self._recorders, self.report = [], [], {}
         self._horizons = HorizonMover()
+        self._ranks = getattr(self, "_ranks", None) or Ranks()
         for group in self.param_groups:
             self._watch(group)
 
