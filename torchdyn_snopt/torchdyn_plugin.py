@@ -289,6 +289,18 @@ def _backward_method(model: Any, sensitivity: SNOptSensitivity) -> Method:
     return Method(tableau, bounded(tolerances, sensitivity))
 
 
+def solved_models(module: nn.Module) -> list[SolveStats]:
+    """Counts of all models inside a module that have been solved by 'snopt'.
+
+    Args:
+        module: any.
+
+    Returns:
+        Those of each one's last solves.
+    """
+    return [_stats[part] for part in module.modules() if part in _stats]
+
+
 def solve_stats(node: nn.Module) -> SolveStats:
     """Counts of a model's last forward solve and of its backward solve.
 

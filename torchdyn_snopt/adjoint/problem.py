@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torchdyn_snopt.adjoint.precision import Precision
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError, check_real
 from torchdyn_snopt.solvers import (
     DEFAULT_MAX_STEPS,
@@ -111,12 +112,14 @@ class Field:
         parameters: θ, the trainable parameters to differentiate for.
         roots: modules in which layers are looked for when curvature is wanted.
         running_cost: ℓ(t, x), summed over entries and integrated into the loss (Eq. 6), or None.
+        precision: autocast, the same at every evaluation.
     """
 
     func: FieldCallable
     parameters: tuple[Tensor, ...] = ()
     roots: tuple[nn.Module, ...] = ()
     running_cost: FieldCallable | None = None
+    precision: Precision = field(default_factory=Precision.current)
 
     def __call__(self, t: float | Tensor, x: Tensor) -> Tensor:
         """Evaluate the field.
@@ -133,7 +136,7 @@ class Field:
         """
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=x.dtype, device=x.device)
-        f = self.func(t, x)
+        f = self._evaluate(self.func, t, x)
         if not isinstance(f, Tensor) or f.shape != x.shape:
             got = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise InvalidInputError(
@@ -142,7 +145,13 @@ class Field:
                 allowed="one tensor shaped like the state",
                 do="check the last layer of the field",
             )
-        return f
+        return f if f.dtype == x.dtype else f.to(x.dtype)
+
+    def _evaluate(self, func: FieldCallable, t: Tensor, x: Tensor) -> Tensor:
+        if self.precision.is_plain:
+            return func(t, x)
+        with self.precision.restored():
+            return func(t, x)
 
     def cost(self, t: float | Tensor, x: Tensor) -> Tensor:
         """The running cost ℓ, summed.
@@ -157,7 +166,7 @@ class Field:
         assert self.running_cost is not None
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=x.dtype, device=x.device)
-        return self.running_cost(t, x).sum()
+        return self._evaluate(self.running_cost, t, x).sum().to(x.dtype)
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules below the roots.

@@ -179,6 +179,7 @@ class LayerSums:
         Returns:
             Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
         """
+        uses = [_in_wide_dtype(use) for use in uses]
         inputs = [
             input_rows(use.module or self.module, use.z, batch, self.spec.weight_sharing)
             for use in uses
@@ -271,6 +272,16 @@ class LayerSums:
         """
         totals = self.totals()
         return None if totals is None else totals.factors(self.spec)
+
+
+def _in_wide_dtype(use: Use) -> Use:
+    """In at least float32: sums of products of narrower numbers would lose them."""
+    z, g, columns = (
+        part.float() if part is not None and part.dtype in (torch.float16, torch.bfloat16) else part
+        for part in (use.z, use.g, use.columns)
+    )
+    assert z is not None
+    return use._replace(z=z, g=g, columns=columns)
 
 
 def _is_batched(module: LayerModule, columns: Tensor, batch: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 Group = dict[str, Any]
 
@@ -52,6 +52,38 @@ def check_whole(module: nn.Module) -> None:
         names = {kind.__name__ for kind in type(part).__mro__}
         if names & {"FullyShardedDataParallel", "FSDPModule"}:
             _refuse_shards(f"a {type(part).__name__}")
+
+
+def hookable_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that can be watched from outside; compiled parts of a model run past their hooks.
+
+    Args:
+        model: it; may itself be what torch.compile has returned.
+
+    Yields:
+        Each once. Layers of a compiled field are the adjoint's to watch, which runs it uncompiled.
+    """
+    waiting = [getattr(model, "_orig_mod", model)]
+    seen: set[nn.Module] = set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield module
+        waiting += [m for m in reversed(list(module.children())) if not is_compiled(m)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module, as it stands, is called through torch.compile.
+
+    Args:
+        module: it.
+
+    Returns:
+        True if so.
+    """
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def _refuse_shards(got: str) -> NoReturn:

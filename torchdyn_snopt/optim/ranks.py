@@ -298,7 +298,8 @@ def _decomposed(preconditioner: Preconditioner, layer: Layer, group: Group) -> T
     try:
         parts = preconditioner.decompose(layer, group)
     except torch.linalg.LinAlgError:
-        return layer.state["A"].new_zeros(_size(preconditioner, layer))
+        zeros: Tensor = layer.state["A"].new_zeros(_size(preconditioner, layer))
+        return zeros
     row = [parts[name].reshape(-1) for name in preconditioner.PARTS]
     whole: Tensor = torch.cat([row[0].new_ones(1), *row])
     return whole

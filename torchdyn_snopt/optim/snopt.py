@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -12,14 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchdyn_snopt.curvature.columns import ColumnCollector
-from torchdyn_snopt.curvature.factors import CurvatureSpec
+from torchdyn_snopt.curvature.factors import CurvatureSpec, Totals
 from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector, take_failed
 from torchdyn_snopt.curvature.seeds import trial
 from torchdyn_snopt.errors import SNOptError, SolverError, UnsupportedError, check_instance
 from torchdyn_snopt.optim import fallback as fallbacks
-from torchdyn_snopt.optim.arguments import check_group, check_params, check_saved, check_whole
+from torchdyn_snopt.optim.arguments import (
+    check_group,
+    check_params,
+    check_saved,
+    check_whole,
+    hookable_modules,
+)
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.low_rank import (
@@ -91,6 +99,9 @@ class SNOpt(Optimizer):
     Source: Liu, Chen & Theodorou 2021, Algorithms 1 and 2, Eqs. 13, 14.
     """
 
+    # GradScaler leaves its scale and what it has found to the optimizer.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Params,
@@ -158,13 +169,16 @@ class SNOpt(Optimizer):
             if isinstance(params, DistributedDataParallel):
                 self._ranks = Ranks(process_group or params.process_group)
                 model = params.module
-            self._modules = [module for module in model.modules() if is_supported(module)]
+            self._modules = [m for m in hookable_modules(model) if is_supported(m)]
             self._names = {p: name for name, p in model.named_parameters()}
             params = [p for p in self._names if p.requires_grad]
         #: Figures of the last step worth logging, e.g. the trust region's factor.
         self.report: Report = {}
         #: Steps that were dropped because a solve failed (``on_failure='skip'``).
         self.skipped_steps = 0
+        #: Seconds of this process in refreshes of the curvature, in all steps together.
+        self.curvature_seconds = 0.0
+        self._loss_scale = 1.0
         super().__init__(params, {**resolve(self._settings), "step": 0})
 
     @classmethod
@@ -256,6 +270,10 @@ class SNOpt(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._overflowed():
+            take_failed(self._parameters())
+            self._forget()
+            return loss
         if self._failed():
             self.skipped_steps += 1
             self._forget()
@@ -263,12 +281,14 @@ class SNOpt(Optimizer):
         self.report = {}
         for group, collector, recorder in self._groups():
             if collector.active:
+                started = perf_counter()
                 recorder.deliver()
                 if isinstance(collector, ColumnCollector):
                     absorb_columns(group, collector, self.state)
                 else:
                     self._refresh(group, collector)
                 collector.clear()
+                self.curvature_seconds += perf_counter() - started
         self._low_rank_steps(closure, loss)
         for group, collector, recorder in self._groups():
             self._move(group)
@@ -284,6 +304,14 @@ class SNOpt(Optimizer):
         steps = [step for step in steps if step.params]
         if not steps:
             return
+        if self._ranks.size > 1 or self._loss_scale != 1.0:
+            scaled = "a GradScaler" if self._loss_scale != 1.0 else f"{self._ranks.size} ranks"
+            raise UnsupportedError(
+                "the columns of 'low_rank' are those of one process and of an unscaled loss",
+                got=f"preconditioner='low_rank' with {scaled}",
+                allowed="'kfe_adam', 'kfac' and 'ekfac'",
+                do="choose one of these, or train in one process and in float32 or bfloat16",
+            )
         for number in range(TRIALS if closure is not None else 1):
             predicted = sum(step.apply(self.report) for step in steps)
             if closure is None or loss is None:
@@ -326,6 +354,38 @@ class SNOpt(Optimizer):
         reduction = after - before if group["maximize"] else before - after
         return reduction if math.isfinite(after) else -math.inf
 
+    def _overflowed(self) -> bool:
+        """What a GradScaler has put on the optimizer; gradients are unscaled, curvature later."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            self._loss_scale = 1.0
+            return False
+        scale = getattr(self, "grad_scale", None)
+        if bool(found_inf > 0):
+            return True
+        self._loss_scale = math.nan if scale is None else float(scale)
+        if scale is not None:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self._loss_scale)
+        return False
+
+    def _unscaled(self, totals: Totals, group: Group) -> Totals:
+        """What gradients without a GradScaler's factor would have left."""
+        scale = self._loss_scale
+        if scale == 1.0:
+            return totals
+        if math.isnan(scale):
+            if group["preconditioner"] == "kfe_adam":  # eigenvectors only: no scale matters
+                return totals
+            raise UnsupportedError(
+                "the curvature was collected with a loss scale that is no longer known",
+                got=f"scaler.unscale_(optimizer) before a step of {group['preconditioner']!r}",
+                allowed="scaler.step(optimizer) alone, which unscales gradients and curvature",
+                do="leave out scaler.unscale_; or use preconditioner='kfe_adam', which needs no "
+                "scale; or bfloat16, which needs no scaler",
+            )
+        return replace(totals, b=totals.b / scale**2)
+
     def _failed(self) -> bool:
         """Whether a solve has failed, on any rank."""
         params = self._parameters()
@@ -339,7 +399,7 @@ class SNOpt(Optimizer):
                 position[id(module.weight)],
                 position[id(module.bias)] if collector.takes_bias(module) else None,
                 getattr(module, "groups", 1),
-                totals,
+                self._unscaled(totals, group),
             )
             for module, totals in collector.totals()
         ]
@@ -438,7 +498,7 @@ class SNOpt(Optimizer):
                     self.state[p][key] = value.detach().to(device=p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_names", "_modules", "skipped_steps")
+        own = ("_settings", "_names", "_modules", "skipped_steps", "curvature_seconds")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -449,6 +509,7 @@ class SNOpt(Optimizer):
         self._collectors, self._recorders, self.report = [], [], {}
         self._horizons = HorizonMover()
         self._ranks = getattr(self, "_ranks", None) or Ranks()
+        self._loss_scale = 1.0
         for group in self.param_groups:
             self._watch(group)
 
