@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchdyn_snopt.curvature.factors import Totals
 from torchdyn_snopt.errors import InvalidInputError
+from torchdyn_snopt.optim.horizon_policy import Exchange
 from torchdyn_snopt.optim.preconditioners import guarded_refresh, install, keep_last_good
 
 if TYPE_CHECKING:
@@ -85,21 +86,6 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.process_group)
         return tensor
 
-    def average(self, values: Sequence[float], like: Tensor) -> list[float]:
-        """Averages of some numbers over the ranks.
-
-        Args:
-            values: of this rank.
-            like: a tensor on the device to communicate by.
-
-        Returns:
-            The averages; the numbers themselves on a single rank.
-        """
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(list(values), dtype=torch.float64, device=like.device)
-        return [value / self.size for value in self.sum(tensor).tolist()]
-
     def any(self, flag: bool, like: Tensor) -> bool:
         """Whether it is so on any rank.
 
@@ -152,6 +138,33 @@ class Ranks:
                 "of their own, pass process_group=torch.distributed.new_subgroups(1)[0]",
             )
         self._checked = True
+
+
+class RankExchange(Exchange):
+    """What a horizon's update needs from the other ranks."""
+
+    def __init__(self, ranks: Ranks, loss_scale: float) -> None:
+        """Note the weight of a slope.
+
+        Args:
+            ranks: that train together.
+            loss_scale: factor of a GradScaler.
+        """
+        self.ranks, self.unit = ranks, 1.0 / (ranks.size * loss_scale)
+
+    def sum(self, values: Sequence[float], like: Tensor) -> list[float]:
+        """Add up over the ranks; see `Exchange`.
+
+        Args:
+            values: of this one.
+            like: a tensor on the device to communicate by.
+
+        Returns:
+            The sums.
+        """
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=like.device)
+        sums: list[float] = self.ranks.sum(tensor).tolist()
+        return sums
 
 
 def pool(ranks: Ranks, collected: list[Collected], group: Group) -> list[Collected]:

@@ -39,7 +39,7 @@ from torchdyn_snopt.optim.low_rank import (
     next_damping,
 )
 from torchdyn_snopt.optim.preconditioners import TABLE
-from torchdyn_snopt.optim.ranks import Collected, Ranks, pool, refresh
+from torchdyn_snopt.optim.ranks import Collected, RankExchange, Ranks, pool, refresh
 from torchdyn_snopt.optim.settings import PAPER, resolve
 
 if TYPE_CHECKING:
@@ -294,7 +294,12 @@ class SNOpt(Optimizer):
             self._move(group)
             group["step"] += 1
             _request(group, collector, recorder)
-        self.report |= self._horizons.move(self.param_groups, self.state, self._names)
+        self.report |= self._horizons.move(
+            self.param_groups,
+            self.state,
+            self._names,
+            RankExchange(self._ranks, self._loss_scale),
+        )
         return loss
 
     def _low_rank_steps(self, closure: Closure | None, loss: float | None) -> None:
