@@ -76,6 +76,7 @@ def test_a_process_that_dies_ends_the_job_which_can_be_resumed(tmp_path: Path) -
         _, errors = launcher.communicate(timeout=120)
         seconds = time.monotonic() - killed
     assert launcher.returncode != 0
+    print(f"ended {seconds:.1f} s after the process had died")  # noqa: T201
     assert seconds < LIMIT  # what is promised to whoever waits for the job
     assert "SIGKILL" in errors
     assert not records(out, "end")
