@@ -93,6 +93,7 @@ class TrainingRun:
             _seed_everything(config.seed + SEED_STRIDE * self.team.rank)
         self._meter = SolveMeter(self.model)
         self.position = Position()
+        self._stop = StopRequest()
 
     @property
     def batches(self) -> int:
@@ -117,7 +118,7 @@ class TrainingRun:
         Returns:
             How it ended.
         """
-        stop = stop or StopRequest()
+        stop = self._stop = stop or StopRequest()
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_bytes = self._load() if resume and self._checkpoint.exists() else 0
         self.team.wait()  # all have looked before anybody writes
@@ -145,7 +146,7 @@ class TrainingRun:
     ) -> tuple[Status, str | None]:
         try:
             for rows in self._remaining_batches(stop):
-                record = log.write("step", **self._iterate(rows, stop))
+                record = log.write("step", **self._iterate(rows))
                 for observer in observers:
                     observer.stepped(record)
                 if self.position.batch == self.batches:
@@ -177,7 +178,7 @@ class TrainingRun:
         out_of_epochs = budget.epochs is not None and position.epoch >= budget.epochs
         return out_of_epochs or (budget.seconds is not None and position.seconds >= budget.seconds)
 
-    def _iterate(self, rows: Tensor, stop: StopRequest) -> Record:
+    def _iterate(self, rows: Tensor) -> Record:
         started = self._clock.read()
         own = self.team.share(rows)
         targets = self.train.y[own]
@@ -188,10 +189,10 @@ class TrainingRun:
             # The first process's clock counts for all, and whoever is asked to stop, asks all.
             mine = seconds if self.team.leads else 0.0
             part = (metric or 0.0) * len(own) / len(rows)
-            seconds, part, asked = self.team.sum([mine, part, float(stop.asked)])
+            seconds, part, asked = self.team.sum([mine, part, float(self._stop.asked)])
             metric = None if metric is None else part
             if asked:
-                stop.ask()
+                self._stop.ask()
         self.position.advance(len(rows), seconds, step.loss, metric or 0.0)
         return {
             "iteration": self.position.iteration,
