@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchdyn.core.problems import ODEProblem
 from torchdyn.numerics.solvers.ode import AsynchronousLeapfrog
 
-from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.errors import InvalidInputError, UnsupportedError, check_instance
 from torchdyn_snopt.torchdyn_field import field_of
 from torchdyn_snopt.torchdyn_plugin import as_sensitivity
 from torchdyn_snopt.torchdyn_solvers import ButcherSolver, tableau_of
@@ -108,6 +108,8 @@ def check_gradient(
     Returns:
         Relative errors for x, for every trainable parameter and for every time.
     """
+    check_instance("model", model, nn.Module, allowed="a torchdyn model", do="pass a NeuralODE")
+    check_instance("x", x, Tensor, allowed="a tensor, the model's input", do="pass a small batch")
     loss = loss or _mean_square
     adjoint, reference = _copy(model), _copy(model).double()
     costs: list[Tensor] = []
@@ -188,6 +190,14 @@ def _evaluate(
         torch.manual_seed(_SEED)
         output = _call(model, leaves["x"], leaves.get("t"))
     value = loss(output[1] if isinstance(output, tuple) else output)
+    if not isinstance(value, Tensor) or value.dim() > 0:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidInputError(
+            "the loss does not return one number",
+            got=f"{got}",
+            allowed="a 0-d tensor",
+            do="take a sum or a mean in the loss, or leave it out for the mean of squares",
+        )
     return value + sum(costs) if costs else value
 
 

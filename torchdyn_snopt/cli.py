@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that ``--help`` answers at 
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,7 +45,8 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 # Brackets in our texts are ranges and shapes, not rich's markup.
-console = Console(markup=False, highlight=False)
+# Of several processes that torchrun has started, the first one speaks.
+console = Console(markup=False, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 error_console = Console(stderr=True, markup=False, highlight=False)
 
 

@@ -23,6 +23,7 @@ All of them can be pickled and copied with their attributes, so they survive wor
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -34,6 +35,8 @@ __all__ = [
     "SNOptError",
     "SolverError",
     "UnsupportedError",
+    "check_instance",
+    "check_real",
 ]
 
 Phase: TypeAlias = Literal["forward", "backward"]
@@ -188,6 +191,56 @@ class CurvatureError(SNOptError, RuntimeError):
         if self.norms:
             parts.append(_describe_norms(self.norms))
         return ", ".join(parts) or None
+
+
+def check_instance(
+    name: str, value: object, kinds: type | tuple[type, ...], *, allowed: str, do: str
+) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        name: Of the argument.
+        value: Of the argument.
+        kinds: The types that are accepted.
+        allowed: The same in words.
+        do: What the reader can do about it.
+
+    Raises:
+        InvalidInputError: Another type.
+    """
+    if not isinstance(value, kinds):
+        got = value.__name__ if isinstance(value, type) else f"type {type(value).__name__}"
+        raise InvalidInputError(
+            f"{name} is nothing that this call can work with",
+            got=f"{name} of {got}" if not isinstance(value, type) else f"the class {got} itself",
+            allowed=allowed,
+            do=do,
+        )
+
+
+def check_real(name: str, value: object, *, do: str) -> float:
+    """Refuse what is no real number.
+
+    Args:
+        name: Of the argument.
+        value: Of the argument; tensors and arrays with one entry count as numbers.
+        do: What the reader can do about it.
+
+    Returns:
+        The number.
+
+    Raises:
+        InvalidInputError: No number: text, None, a flag, several numbers.
+    """
+    if not isinstance(value, bool | str | bytes):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            return float(value)  # type: ignore[arg-type]  # that is what is being found out
+    raise InvalidInputError(
+        f"{name} is not a number",
+        got=f"{name} of type {type(value).__name__}",
+        allowed="one real number",
+        do=do,
+    )
 
 
 def _compose(what: str, *, got: str | None, allowed: str | None, do: str | None) -> str:

@@ -6,13 +6,19 @@ import inspect
 import itertools
 import logging
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdyn_snopt.curvature.horizon import HorizonSpec, register_horizon
-from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.errors import (
+    InvalidInputError,
+    UnsupportedError,
+    check_instance,
+    check_real,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,10 +56,13 @@ class Horizon(nn.Module):
         bounds: tuple[float, float] = (1e-2, 10.0),
     ) -> None:
         super().__init__()
-        low, high = (float(bound) for bound in bounds)
-        _check(float(t1), float(t0), float(penalty), low, high)
-        self.spec = HorizonSpec(float(t0), (low, high), float(penalty))
-        self.t1 = nn.Parameter(torch.tensor(float(t1), dtype=_wide(torch.get_default_dtype())))
+        low, high = _pair(bounds)
+        t1 = check_real("t1", t1, do="pass t1=1.0, say")
+        t0 = check_real("t0", t0, do="leave t0 at 0.0")
+        penalty = check_real("penalty", penalty, do="pass penalty=0.1, say")
+        _check(t1, t0, penalty, low, high)
+        self.spec = HorizonSpec(t0, (low, high), penalty)
+        self.t1 = nn.Parameter(torch.tensor(t1, dtype=_wide(torch.get_default_dtype())))
         self._warned = False
         register_horizon(self.t1, self.spec)
 
@@ -175,6 +184,13 @@ def learn_horizon(
         >>> horizon = learn_horizon(node, penalty=0.1)
         >>> loss = criterion(model(x), y) + horizon.penalty()
     """
+    check_instance(
+        "node",
+        node,
+        nn.Module,
+        allowed="a torchdyn model such as NeuralODE",
+        do="pass the NeuralODE itself",
+    )
     if "t_span" not in inspect.signature(node.forward).parameters:
         raise UnsupportedError(
             "the horizon of this model cannot be set from outside",
@@ -224,6 +240,19 @@ def check_fractions(fractions: Sequence[float]) -> None:
             allowed="numbers that increase from 0 to 1",
             do="pass fractions=(0.0, 0.5, 1.0), say",
         )
+
+
+def _pair(bounds: object) -> tuple[float, float]:
+    pair = tuple(bounds) if isinstance(bounds, Iterable) else ()
+    if len(pair) != 2:
+        raise InvalidInputError(
+            "the bounds of the horizon are no pair",
+            got=f"bounds={bounds!r}",
+            allowed="(lowest, highest)",
+            do="pass bounds=(0.01, 10.0), say",
+        )
+    low, high = (check_real("a bound", b, do="pass bounds=(0.01, 10.0), say") for b in pair)
+    return low, high
 
 
 def _check(t1: float, t0: float, penalty: float, low: float, high: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,12 @@ from torchdyn_snopt.adjoint.problem import (
 )
 from torchdyn_snopt.adjoint.solve import solve
 from torchdyn_snopt.adjoint.state import check_state
-from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.errors import (
+    InvalidInputError,
+    UnsupportedError,
+    check_instance,
+    check_real,
+)
 from torchdyn_snopt.solvers import (
     DOPRI5,
     TORCHDIFFEQ_NAMES,
@@ -29,7 +35,7 @@ from torchdyn_snopt.solvers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from torchdyn_snopt.adjoint.problem import ForeignSolver
     from torchdyn_snopt.solvers import PhaseStats
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 State = Tensor | tuple[Tensor, ...]
 
 _KNOWN_OPTIONS = ("step_size", "grid_constructor", "max_num_steps")
+_MOST_GRID_STEPS = 10_000_000
 _FOREIGN_METHODS = ("explicit_adams", "implicit_adams", "fixed_adams", "fehlberg2", "scipy_solver")
 
 
@@ -97,7 +104,10 @@ def odeint_snopt(
             do="use torchdiffeq.odeint_event",
         )
     sensitivity = sensitivity or SNOptSensitivity()
+    _check_types(sensitivity, stats, options, adjoint_options)
     method = method or "dopri5"
+    for name in (method, adjoint_method or method):
+        check_instance("method", name, str, allowed="a name of torchdiffeq's", do="pass 'dopri5'")
     if adjoint_options is None and adjoint_method in {None, method}:
         adjoint_options = options
     state, field = _flatten(func, y0, adjoint_params)
@@ -128,6 +138,31 @@ def odeint_snopt(
     return _unflatten(states, y0)
 
 
+def _check_types(sensitivity: object, stats: object, *options: object) -> None:
+    check_instance(
+        "sensitivity",
+        sensitivity,
+        SNOptSensitivity,
+        allowed="a SNOptSensitivity, or None for its defaults",
+        do="pass sensitivity=SNOptSensitivity(adjoint='checkpoint'), say",
+    )
+    check_instance(
+        "stats",
+        stats,
+        (SolveStats, type(None)),
+        allowed="a SolveStats, which the solve fills, or None",
+        do="pass stats=SolveStats()",
+    )
+    for value in options:
+        check_instance(
+            "options",
+            value,
+            (dict, type(None)),
+            allowed="a dictionary with " + ", ".join(map(repr, _KNOWN_OPTIONS)) + ", or None",
+            do="pass options={'step_size': 0.05}, say",
+        )
+
+
 def _flatten(
     func: Callable[..., Any], y0: State, adjoint_params: Iterable[Tensor] | None
 ) -> tuple[Tensor, Field]:
@@ -142,7 +177,7 @@ def _flatten(
             )
         adjoint_params = [p for p in roots[0].parameters() if p.requires_grad]
         check_parameters(adjoint_params)
-    parameters = tuple(dict.fromkeys(p for p in adjoint_params if p.requires_grad))
+    parameters = _trainable(adjoint_params)
     if isinstance(y0, Tensor):
         return y0, Field(func, parameters, roots)
     if not isinstance(y0, tuple) or not all(isinstance(part, Tensor) for part in y0) or not y0:
@@ -160,6 +195,18 @@ def _flatten(
         return torch.cat([part.reshape(-1) for part in func(t, tuple(parts))])
 
     return torch.cat([part.reshape(-1) for part in y0]), Field(on_flat, parameters, roots)
+
+
+def _trainable(params: object) -> tuple[Tensor, ...]:
+    chosen = tuple(params) if isinstance(params, Iterable) and not isinstance(params, str) else None
+    if chosen is None or not all(isinstance(p, Tensor) for p in chosen):
+        raise InvalidInputError(
+            "adjoint_params are no tensors",
+            got=f"adjoint_params={params!r}",
+            allowed="tensors, such as func.parameters(); those that are frozen are left out",
+            do="pass adjoint_params=tuple(func.parameters())",
+        )
+    return tuple(dict.fromkeys(p for p in chosen if p.requires_grad))
 
 
 def _unflatten(states: Tensor, y0: State) -> State:
@@ -231,7 +278,7 @@ def _method(
 
 def _tolerances(rtol: object, atol: object) -> Tolerances:
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise UnsupportedError(
                 f"{name} is not one number",
                 got=type(value).__name__,
@@ -256,6 +303,7 @@ def _grid(
         return tuple(constructor(field.func, state, t.detach()).double().tolist())
     if step_size is None:
         return None
+    step_size = check_real("step_size", step_size, do="pass step_size=0.05, say")
     times = t.detach().double().tolist()
     if not backward:
         return _even_grid(times[0], times[-1], float(step_size))
@@ -264,14 +312,21 @@ def _grid(
 
 
 def _even_grid(start: float, stop: float, step: float) -> tuple[float, ...]:
-    if not step > 0:
+    if not 0 < step < math.inf:
         raise InvalidInputError(
             "the step size is not positive",
             got=f"step_size={step}",
-            allowed="a number above 0, in units of t",
+            allowed="a finite number above 0, in units of t",
             do="pass step_size=0.05, say",
         )
     count = max(1, math.ceil(abs(stop - start) / step - 1e-9))
+    if count > _MOST_GRID_STEPS:
+        raise InvalidInputError(
+            "the step size makes too many steps",
+            got=f"step_size={step}, {count} steps over t = {start} to {stop}",
+            allowed=f"at most {_MOST_GRID_STEPS} steps between two times",
+            do="pass a greater step_size, or an adaptive method such as 'dopri5'",
+        )
     direction = math.copysign(step, stop - start)
     return (*(start + i * direction for i in range(count)), stop)
 

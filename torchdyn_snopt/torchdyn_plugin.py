@@ -15,7 +15,12 @@ from torchdyn.numerics.solvers import ode as torchdyn_solvers
 from torchdyn_snopt.adjoint.problem import Method, Problem, SNOptSensitivity, bounded
 from torchdyn_snopt.adjoint.solve import solve
 from torchdyn_snopt.adjoint.state import check_state
-from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.errors import (
+    InvalidInputError,
+    UnsupportedError,
+    check_instance,
+    check_real,
+)
 from torchdyn_snopt.horizon import Horizon
 from torchdyn_snopt.solvers import DOPRI5, TORCHDYN_NAMES, SolveStats, Tableau, Tolerances
 from torchdyn_snopt.torchdyn_field import field_of
@@ -110,6 +115,8 @@ def _checked_init(original: Any) -> Any:
         call = inspect.signature(original).bind(self, *args, **kwargs)
         ours = as_sensitivity(call.arguments.get("sensitivity", "autograd"))
         solver_adjoint = call.arguments.get("solver_adjoint")
+        if ours is not None:
+            _check_solvers(call.arguments)
         if ours is not None and isinstance(solver_adjoint, nn.Module):
             # torchdyn declares solver objects here, and then takes names only.
             call.arguments["solver_adjoint"] = None
@@ -130,6 +137,18 @@ def _repr_with_horizon(original: Any) -> Any:
         return f"{original(self)}{line}"
 
     return __repr__
+
+
+def _check_solvers(arguments: dict[str, Any]) -> None:
+    for name in ("solver", "solver_adjoint"):
+        solver = arguments.get(name)
+        if isinstance(solver, str) and solver not in torchdyn_solvers.SOLVER_DICT:
+            raise InvalidInputError(
+                "unknown solver",
+                got=f"{name}={solver!r}",
+                allowed=", ".join(torchdyn_solvers.SOLVER_DICT) + ", or a solver object",
+                do=f"pass {name}='dopri5'",
+            )
 
 
 def _odeint(original: Any) -> Any:
@@ -212,12 +231,13 @@ def _time_tensor(t_span: Any, x: Tensor) -> Tensor:
     if isinstance(t_span, list | tuple):
         parts = [torch.as_tensor(t, dtype=torch.get_default_dtype()).reshape(-1) for t in t_span]
         t_span = torch.cat(parts) if parts else torch.empty(0)
-    if not isinstance(t_span, Tensor) or t_span.dim() != 1:
-        shape = list(t_span.shape) if isinstance(t_span, Tensor) else type(t_span).__name__
+    if not isinstance(t_span, Tensor) or t_span.dim() != 1 or t_span.is_complex():
+        is_tensor = isinstance(t_span, Tensor)
+        shape = f"{list(t_span.shape)} of {t_span.dtype}" if is_tensor else type(t_span).__name__
         raise UnsupportedError(
             "the times are not one sequence shared by the batch",
             got=f"t_span {shape}",
-            allowed="a 1-d tensor of times",
+            allowed="a 1-d tensor of real times",
             do="rescale time for horizons that differ by sample: integrate over [0, 1] with the "
             "field multiplied by each sample's horizon",
         )
@@ -248,9 +268,14 @@ def _forward_method(model: Any, sensitivity: SNOptSensitivity, args: dict[str, A
         return Method(foreign=torchdyn_solver(model, args))
     tolerances = Tolerances()
     if tableau.adaptive:
-        tolerances = Tolerances(float(model.rtol), float(model.atol))
+        tolerances = _tolerances(rtol=model.rtol, atol=model.atol)
     interpolate = model.interpolator is not None and tableau.mid is not None
     return Method(tableau, bounded(tolerances, sensitivity), interpolate=interpolate)
+
+
+def _tolerances(**values: Any) -> Tolerances:
+    rtol, atol = (check_real(n, v, do=f"pass {n}=1e-3") for n, v in values.items())
+    return Tolerances(rtol, atol)
 
 
 def _backward_method(model: Any, sensitivity: SNOptSensitivity) -> Method:
@@ -260,8 +285,20 @@ def _backward_method(model: Any, sensitivity: SNOptSensitivity) -> Method:
     tableau = tableau_of(solver) or DOPRI5
     tolerances = Tolerances()
     if tableau.adaptive:
-        tolerances = Tolerances(float(model.rtol_adjoint), float(model.atol_adjoint))
+        tolerances = _tolerances(rtol_adjoint=model.rtol_adjoint, atol_adjoint=model.atol_adjoint)
     return Method(tableau, bounded(tolerances, sensitivity))
+
+
+def solved_models(module: nn.Module) -> list[SolveStats]:
+    """Counts of all models inside a module that have been solved by 'snopt'.
+
+    Args:
+        module: any.
+
+    Returns:
+        Those of each one's last solves.
+    """
+    return [_stats[part] for part in module.modules() if part in _stats]
 
 
 def solve_stats(node: nn.Module) -> SolveStats:
@@ -276,6 +313,13 @@ def solve_stats(node: nn.Module) -> SolveStats:
     Raises:
         InvalidInputError: no such model, several of them, or not called yet.
     """
+    check_instance(
+        "node",
+        node,
+        nn.Module,
+        allowed="a torchdyn model, or a module that contains one",
+        do="pass the NeuralODE itself",
+    )
     nodes = [module for module in node.modules() if module in _stats]
     if len(nodes) != 1:
         raise InvalidInputError(

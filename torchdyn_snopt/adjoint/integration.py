@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchdyn_snopt.adjoint.weighted import WeightedSum
-from torchdyn_snopt.errors import InvalidInputError, SolverError
+from torchdyn_snopt.errors import (
+    InvalidInputError,
+    SolverError,
+    check_instance,
+    check_real,
+)
 from torchdyn_snopt.solvers import (
     PhaseStats,
     Stepper,
@@ -244,7 +249,15 @@ def make_span(
     Returns:
         The span.
     """
-    values = t_span.detach().double().tolist() if isinstance(t_span, Tensor) else list(t_span)
+    values = t_span.detach().double().tolist() if isinstance(t_span, Tensor) else t_span
+    check_instance(
+        "t_span",
+        values,
+        (list, tuple),
+        allowed="a 1-d tensor, a list or a tuple of times",
+        do="pass t_span=[0.0, 1.0]",
+    )
+    values = [check_real("a time", t, do="pass t_span=[0.0, 1.0]") for t in values]
     check_segments(values)
     tolerances = Tolerances(rtol, atol)
     times = tuple(float(t) for t in values)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
 from torchdyn_snopt.adjoint.batched import batched_vector_jacobian
-from torchdyn_snopt.errors import UnsupportedError
+from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -298,6 +298,7 @@ def terminal_derivatives(
     x = x1.detach().requires_grad_()
     with torch.enable_grad():
         value = loss(x.reshape(layout.shape))
+        check_terminal_value(value)
         (lx,) = torch.autograd.grad(
             value, x, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -314,6 +315,63 @@ def terminal_derivatives(
                 do="pass batched=False to take the whole state as one sample",
             )
     return lx.detach(), blocks
+
+
+def check_terminal_loss(loss: object) -> None:
+    """Refuse what cannot be called, before anything is integrated.
+
+    Args:
+        loss: Φ.
+
+    Raises:
+        InvalidInputError: nothing that can be called.
+    """
+    if not callable(loss):
+        raise InvalidInputError(
+            "the terminal loss is no function",
+            got=f"terminal_loss of type {type(loss).__name__}",
+            allowed="a function from the state at t1 to a scalar tensor",
+            do="pass terminal_loss=lambda x: criterion(x, y)",
+        )
+
+
+def check_running_cost(cost: object) -> None:
+    """Refuse what cannot be called, before anything is integrated.
+
+    Args:
+        cost: ℓ, or None.
+
+    Raises:
+        InvalidInputError: nothing that can be called.
+    """
+    if cost is not None and not callable(cost):
+        raise InvalidInputError(
+            "the running cost is no function",
+            got=f"running_cost of type {type(cost).__name__}",
+            allowed="a function of (t, x, u), or None",
+            do="pass running_cost=lambda t, x, u: ...",
+        )
+
+
+def check_terminal_value(value: object) -> None:
+    """Refuse what no derivatives can be taken of.
+
+    Args:
+        value: what a terminal loss has returned.
+
+    Raises:
+        InvalidInputError: no tensor with one entry, or one without a graph.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        if isinstance(value, Tensor) and value.numel() == 1:
+            got = "a value that does not depend on the state"
+        raise InvalidInputError(
+            "the terminal loss does not return one number that depends on the state",
+            got=got,
+            allowed="a tensor with one entry, computed from the state by torch",
+            do="take a sum or a mean, and use no .item() or .detach() in the loss",
+        )
 
 
 def flatten(parts: Sequence[Tensor], like: Tensor) -> Tensor:

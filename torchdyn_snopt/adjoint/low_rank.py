@@ -21,7 +21,7 @@ from torchdyn_snopt.adjoint.integration import (
 )
 from torchdyn_snopt.adjoint.problem import Field
 from torchdyn_snopt.adjoint.state import check_state
-from torchdyn_snopt.errors import InvalidInputError
+from torchdyn_snopt.errors import InvalidInputError, check_instance
 from torchdyn_snopt.solvers import SolveStats, Step, System
 
 if TYPE_CHECKING:
@@ -103,7 +103,14 @@ def low_rank_adjoint(
 
 
 def _checked_seeds(seeds: Seeds, x1: Tensor) -> Tensor:
-    columns = seeds if isinstance(seeds, Tensor) else seeds(x1)
+    columns = seeds(x1) if callable(seeds) else seeds
+    check_instance(
+        "seeds",
+        columns,
+        Tensor,
+        allowed="a tensor [R, *x.shape], or a function of the state at t1 that returns one",
+        do="stack the columns with torch.stack",
+    )
     if columns.dim() != x1.dim() + 1 or columns.shape[1:] != x1.shape or len(columns) == 0:
         raise InvalidInputError(
             "the seeds are no columns of the state's shape",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
+from torchdyn_snopt.adjoint.precision import Precision
+from torchdyn_snopt.errors import InvalidInputError, UnsupportedError, check_real
 from torchdyn_snopt.solvers import (
     DEFAULT_MAX_STEPS,
     DOPRI5,
@@ -76,11 +78,12 @@ class SNOptSensitivity:
                     allowed=", ".join(repr(choice) for choice in allowed),
                     do=f"pass {name}={allowed[0]!r}",
                 )
-        if not self.grid_step > 0:
+        grid_step = check_real("grid_step", self.grid_step, do="pass grid_step=0.01")
+        if not 0 < grid_step < math.inf:
             raise InvalidInputError(
                 "the grid of the curvature quadrature has no positive step",
                 got=f"grid_step={self.grid_step!r}",
-                allowed="a number above 0, in units of t",
+                allowed="a finite number above 0, in units of t",
                 do="pass grid_step=0.01",
             )
         Tolerances(max_steps=self.max_steps)
@@ -109,12 +112,14 @@ class Field:
         parameters: θ, the trainable parameters to differentiate for.
         roots: modules in which layers are looked for when curvature is wanted.
         running_cost: ℓ(t, x), summed over entries and integrated into the loss (Eq. 6), or None.
+        precision: autocast, the same at every evaluation.
     """
 
     func: FieldCallable
     parameters: tuple[Tensor, ...] = ()
     roots: tuple[nn.Module, ...] = ()
     running_cost: FieldCallable | None = None
+    precision: Precision = field(default_factory=Precision.current)
 
     def __call__(self, t: float | Tensor, x: Tensor) -> Tensor:
         """Evaluate the field.
@@ -131,7 +136,7 @@ class Field:
         """
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=x.dtype, device=x.device)
-        f = self.func(t, x)
+        f = self._evaluate(self.func, t, x)
         if not isinstance(f, Tensor) or f.shape != x.shape:
             got = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
             raise InvalidInputError(
@@ -140,7 +145,13 @@ class Field:
                 allowed="one tensor shaped like the state",
                 do="check the last layer of the field",
             )
-        return f
+        return f if f.dtype == x.dtype else f.to(x.dtype)
+
+    def _evaluate(self, func: FieldCallable, t: Tensor, x: Tensor) -> Tensor:
+        if self.precision.is_plain:
+            return func(t, x)
+        with self.precision.restored():
+            return func(t, x)
 
     def cost(self, t: float | Tensor, x: Tensor) -> Tensor:
         """The running cost ℓ, summed.
@@ -155,7 +166,7 @@ class Field:
         assert self.running_cost is not None
         if not isinstance(t, Tensor):
             t = torch.full((), t, dtype=x.dtype, device=x.device)
-        return self.running_cost(t, x).sum()
+        return self._evaluate(self.running_cost, t, x).sum().to(x.dtype)
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules below the roots.

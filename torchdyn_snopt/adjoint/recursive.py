@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from torchdyn_snopt.adjoint.integration import Integrator, field_parameters, make_span
-from torchdyn_snopt.adjoint.jacobians import Layout, RunningCost, flatten
+from torchdyn_snopt.adjoint.jacobians import (
+    Layout,
+    RunningCost,
+    check_running_cost,
+    check_terminal_loss,
+    check_terminal_value,
+    flatten,
+)
 from torchdyn_snopt.adjoint.problem import Field
 from torchdyn_snopt.adjoint.second_order import SecondOrder
 from torchdyn_snopt.adjoint.state import check_state
@@ -68,6 +75,8 @@ def recursive_adjoint(
     `UnsupportedError`, a solve that fails `SolverError`.
     """
     check_state(x0)
+    check_terminal_loss(terminal_loss)
+    check_running_cost(running_cost)
     stats = stats if stats is not None else SolveStats()
     field = Field(func, field_parameters(func, params))
     layout = Layout(x0.shape, x0.dim() > 1 if batched is None else batched)
@@ -78,7 +87,9 @@ def recursive_adjoint(
     with torch.enable_grad():
         y1 = _Recursive.apply(task, torch.cat([start.reshape(-1), start.new_zeros(1)]), *u)
         x1 = y1[:-1].view(x0.shape)
-        loss = terminal_loss(x1) + y1[-1]
+        terminal = terminal_loss(x1)
+        check_terminal_value(terminal)
+        loss = terminal + y1[-1]
         qx, *qu = torch.autograd.grad(
             loss, (start, *u), create_graph=True, allow_unused=True, materialize_grads=True
         )

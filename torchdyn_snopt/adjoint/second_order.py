@@ -28,6 +28,8 @@ from torchdyn_snopt.adjoint.jacobians import (
     Differentiator,
     Layout,
     RunningCost,
+    check_running_cost,
+    check_terminal_loss,
     cost_derivatives,
     terminal_derivatives,
 )
@@ -105,6 +107,8 @@ def second_order_adjoint(
     `UnsupportedError`, a solve that fails `SolverError`.
     """
     check_state(x0)
+    check_terminal_loss(terminal_loss)
+    check_running_cost(running_cost)
     stats = stats if stats is not None else SolveStats()
     span = make_span(t_span, method, rtol, atol)
     field = Field(func, field_parameters(func, params))

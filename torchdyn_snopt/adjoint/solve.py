@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from torchdyn_snopt.adjoint.gradients import Gradients
-    from torchdyn_snopt.adjoint.problem import Problem
+    from torchdyn_snopt.adjoint.problem import Field, Problem
     from torchdyn_snopt.curvature.seeds import Source
 
 Result = TypeVar("Result")
@@ -55,6 +56,7 @@ def solve(problem: Problem, x0: Tensor, t: Tensor) -> Tensor:
     """
     check_state(x0)
     check_segments(problem.times)
+    x0 = problem.field.precision.state(x0)
     problem = replace(problem, horizons=wanted_horizons(t))
     return _Solve.apply(problem, x0, t, *problem.field.parameters)  # type: ignore[no-any-return]
 
@@ -141,15 +143,24 @@ def _differentiate(
     problem.stats.backward = PhaseStats()
     checkpoint = problem.sensitivity.adjoint == "checkpoint" and problem.forward.foreign is None
     differentiate = replay_backward if checkpoint else solve_backward
-    return differentiate(
-        problem,
-        trajectory,
-        grad_states,
-        wanted,
-        time_gradients=time_gradients,
-        columns=columns,
-        ranks=ranks,
-    )
+    with _hooks_seen(problem.field) if wanted else nullcontext():
+        return differentiate(
+            problem,
+            trajectory,
+            grad_states,
+            wanted,
+            time_gradients=time_gradients,
+            columns=columns,
+            ranks=ranks,
+        )
+
+
+def _hooks_seen(field: Field) -> AbstractContextManager[Any]:
+    """Compiled modules run uncompiled while they are recorded: compiled ones ignore new hooks."""
+    for module in field.modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext()
 
 
 def _at_saved(save: Sequence[int], gradients: Tensor, states: Tensor) -> Tensor:

@@ -39,6 +39,13 @@ def check_state(x0: Tensor) -> None:
             allowed="ordinary batched states and loss.backward()",
             do="put the mapped dimension into the batch, or use sensitivity='autograd'",
         )
+    if x0.layout is not torch.strided or x0.is_meta:
+        raise UnsupportedError(
+            "the state does not hold its entries one by one",
+            got=f"a tensor on {x0.device} with layout {x0.layout}",
+            allowed="dense tensors with data",
+            do="call to_dense(), or move the model and its input to a device",
+        )
     if not x0.is_floating_point() or x0.numel() == 0:
         raise InvalidInputError(
             "the state cannot be integrated",

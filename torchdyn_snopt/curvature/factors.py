@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,55 @@ class Factors:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What was summed up of one layer; totals of parts of a batch add up to those of the whole.
+
+    Attributes:
+        a: Σ z zᵀ, shaped like A.
+        b: Σ g gᵀ of the gradients as they arrive, shaped like B.
+        rows: rows of A, integrated over time.
+        row_samples: samples of the layer, integrated over time.
+        samples: of the layer.
+        batch: samples of the model.
+        sample_time: samples of the layer times t1 − t0.
+    """
+
+    NUMBERS: ClassVar[int] = 5
+
+    a: Tensor
+    b: Tensor
+    rows: float = 0.0
+    row_samples: float = 0.0
+    samples: float = 0.0
+    batch: float = 0.0
+    sample_time: float = 0.0
+
+    def numbers(self) -> tuple[float, ...]:
+        """What is summed besides the matrices.
+
+        Returns:
+            `NUMBERS` of them, in their order.
+        """
+        return (self.rows, self.row_samples, self.samples, self.batch, self.sample_time)
+
+    def factors(self, spec: CurvatureSpec) -> Factors:
+        """The factors.
+
+        Args:
+            spec: what was collected.
+
+        Returns:
+            A, B and the scale.
+        """
+        multiplier = self.batch**2 if spec.reduction == "mean" else 1.0
+        expand = spec.weight_sharing == "expand"
+        positions = self.rows / self.row_samples if expand else 1.0
+        scale = self.samples / self.sample_time if spec.curvature == "empirical" else 1.0
+        b = self.b * (multiplier / (self.samples * positions))
+        return Factors(self.a / self.samples, b, scale)
+
+
 class Use(NamedTuple):
     """One use of a layer in one evaluation.
 
@@ -130,6 +179,7 @@ class LayerSums:
         Returns:
             Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
         """
+        uses = [_in_wide_dtype(use) for use in uses]
         inputs = [
             input_rows(use.module or self.module, use.z, batch, self.spec.weight_sharing)
             for use in uses
@@ -196,27 +246,42 @@ class LayerSums:
         self._batch += other._batch
         self._sample_time += other._sample_time
 
+    def totals(self) -> Totals | None:
+        """Everything that was collected.
+
+        Returns:
+            The totals, or None when no pass was finished or no gradient arrived.
+        """
+        if not self._a or self._b is None or self._samples == 0.0:
+            return None
+        return Totals(
+            in_weight_order(self.module, _total([moment.full() for moment in self._a.values()])),
+            self._b.full(),
+            self._rows,
+            self._row_samples,
+            self._samples,
+            self._batch,
+            self._sample_time,
+        )
+
     def factors(self) -> Factors | None:
         """The factors of everything that was collected.
 
         Returns:
             A and B, or None when no pass was finished or no gradient arrived.
         """
-        if not self._a or self._b is None or self._samples == 0.0:
-            return None
-        multiplier = self._batch**2 if self.spec.reduction == "mean" else 1.0
-        positions = 1.0
-        if self.spec.weight_sharing == "expand":
-            positions = self._rows / self._row_samples
-        scale = 1.0
-        if self.spec.curvature == "empirical":
-            scale = self._samples / self._sample_time
-        a = _total([moment.full() for moment in self._a.values()]) / self._samples
-        return Factors(
-            in_weight_order(self.module, a),
-            self._b.full() * (multiplier / (self._samples * positions)),
-            scale,
-        )
+        totals = self.totals()
+        return None if totals is None else totals.factors(self.spec)
+
+
+def _in_wide_dtype(use: Use) -> Use:
+    """In at least float32: sums of products of narrower numbers would lose them."""
+    z, g, columns = (
+        part.float() if part is not None and part.dtype in (torch.float16, torch.bfloat16) else part
+        for part in (use.z, use.g, use.columns)
+    )
+    assert z is not None
+    return use._replace(z=z, g=g, columns=columns)
 
 
 def _is_batched(module: LayerModule, columns: Tensor, batch: int) -> bool:

@@ -43,10 +43,10 @@ class _Seeded:
                 allowed="'ggn', 'mc', or None for what the optimizer asks for",
                 do="leave curvature at None",
             )
-        if samples < 1:
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise InvalidInputError(
                 "no column would be drawn",
-                got=f"samples={samples}",
+                got=f"samples={samples!r}",
                 allowed="a whole number of at least 1",
                 do="leave samples at 1",
             )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from torchdyn_snopt.curvature.factors import CurvatureKind, CurvatureSpec, Factors, Reduction
 from torchdyn_snopt.curvature.layers import WeightSharing, is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector
-from torchdyn_snopt.errors import CurvatureError
+from torchdyn_snopt.errors import CurvatureError, check_instance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import nn
 
 
 class RecordedCurvature:
@@ -30,6 +30,7 @@ class RecordedCurvature:
         Raises:
             CurvatureError: the model has no layer whose curvature can be collected.
         """
+        check_instance("module", module, nn.Module, allowed="a module", do="pass the whole model")
         self._layers = {
             name: layer
             for name, layer in module.named_modules()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums
+from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums, Totals
 from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.errors import UnsupportedError
 
@@ -124,6 +124,15 @@ class Collector:
         """
         pairs = [(sums.module, sums.factors()) for sums in self._sums.values()]
         return [(module, factors) for module, factors in pairs if factors is not None]
+
+    def totals(self) -> list[tuple[LayerModule, Totals]]:
+        """What was summed up since the last `clear`.
+
+        Returns:
+            Each layer with its totals.
+        """
+        pairs = [(sums.module, sums.totals()) for sums in self._sums.values()]
+        return [(module, totals) for module, totals in pairs if totals is not None]
 
     def absorb(self, owner: Owner, sums: Sums) -> None:
         """Take over the sums of one finished backward pass.

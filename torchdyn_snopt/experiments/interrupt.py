@@ -25,10 +25,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(*, supervised: bool = False) -> Iterator[StopRequest]:
     """Turn the first Ctrl-C (or SIGTERM) into a request; a second one interrupts at once.
 
     Outside the main thread, where Python delivers no signals, the request is only ever set by hand.
+
+    Args:
+        supervised: Whether a launcher such as torchrun watches over this process: it repeats Ctrl-C
+            to each, which then counts once, and a SIGTERM is its word that the job is over.
 
     Yields:
         The request.
@@ -38,12 +42,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield request
         return
 
+    signals = SIGNALS[:1] if supervised else SIGNALS
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.asked:
+        if request.asked and not supervised:
             raise KeyboardInterrupt
         request.ask()
 
-    previous: dict[signal.Signals, Any] = {each: signal.signal(each, handle) for each in SIGNALS}
+    previous: dict[signal.Signals, Any] = {each: signal.signal(each, handle) for each in signals}
     try:
         yield request
     finally:

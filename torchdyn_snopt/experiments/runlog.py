@@ -76,6 +76,38 @@ class RunLog:
         self._file.close()
 
 
+class SilentLog(RunLog):
+    """The log of a process that leaves writing to another one."""
+
+    def __init__(self) -> None:
+        """No file."""
+
+    @property
+    def size(self) -> int:
+        """Nothing is written."""
+        return 0
+
+    def write(self, kind: str, **fields: Any) -> Record:
+        """Make the record.
+
+        Args:
+            kind: Its kind.
+            **fields: Its other fields.
+
+        Returns:
+            It.
+        """
+        return {"kind": kind, **fields}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """There is nothing to close."""
+
+
 def read_log(path: Path) -> Iterator[Record]:
     """The records of a log; a last line that was cut off in writing is left out.
 

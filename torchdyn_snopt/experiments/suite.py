@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from torchdyn_snopt.experiments.interrupt import stop_on_signal
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.report import Report, write_report
 from torchdyn_snopt.experiments.storage import locked_folder
+from torchdyn_snopt.experiments.tables import summarize
 from torchdyn_snopt.experiments.tasks import Task
+from torchdyn_snopt.experiments.team import Team, team_on
 from torchdyn_snopt.experiments.training import CHECKPOINT_NAME, LOG_NAME, TrainingRun
 
 
@@ -88,18 +90,26 @@ def run_suite(
     for spec in suite.optimizers:
         for horizon in suite.horizons:
             _check_settings(spec, horizon, suite.task)
-    with locked_folder(suite.out):
-        _make_room(suite, resume=resume, overwrite=overwrite)
-        results = _run_all(suite, observers, resume)
-        return results, write_report(suite.out)
+    with team_on(suite.device) as team:
+        suite = replace(suite, device=team.device)
+        with locked_folder(suite.out) if team.leads else contextlib.nullcontext():
+            if team.leads:
+                _make_room(suite, resume=resume, overwrite=overwrite)
+            team.wait()
+            results = _run_all(suite, observers if team.leads else (), resume, team)
+            report = write_report(suite.out) if team.leads else Report(summarize([]), [])
+            team.wait()
+            return results, report
 
 
-def _run_all(suite: Suite, observers: Sequence[Observer], resume: bool) -> list[RunResult]:
+def _run_all(
+    suite: Suite, observers: Sequence[Observer], resume: bool, team: Team
+) -> list[RunResult]:
     splits = suite.task.load(suite.data_dir)
     results = []
-    with stop_on_signal() as stop:
+    with stop_on_signal(supervised=team.size > 1) as stop:
         for config, folder in suite.runs():
-            run = TrainingRun(config, splits, folder)
+            run = TrainingRun(config, splits, folder, team)
             results.append(run.run(observers, stop, resume))
             if results[-1].status == "interrupted":
                 break

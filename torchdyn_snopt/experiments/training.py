@@ -32,7 +32,7 @@ from torchdyn_snopt.experiments.environment import describe_environment
 from torchdyn_snopt.experiments.horizons import AnyOptimizer, penalty_of
 from torchdyn_snopt.experiments.interrupt import StopRequest
 from torchdyn_snopt.experiments.meters import Clock, SolveMeter
-from torchdyn_snopt.experiments.runlog import Record, RunLog
+from torchdyn_snopt.experiments.runlog import Record, RunLog, SilentLog
 from torchdyn_snopt.experiments.storage import (
     load_checkpoint,
     random_state,
@@ -40,10 +40,11 @@ from torchdyn_snopt.experiments.storage import (
     save_checkpoint,
 )
 from torchdyn_snopt.experiments.tasks import Metric, Samples, Splits
+from torchdyn_snopt.experiments.team import Team
 
 LOG_NAME = "log.jsonl"
 CHECKPOINT_NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2  # of the checkpoint: random states of several processes
 WARM_UP_STEPS = 2
 EVALUATION_SEED = 0
 SEED_STRIDE = 1_000_003  # keeps the orders of different seeds apart over any number of epochs
@@ -51,6 +52,10 @@ SEED_STRIDE = 1_000_003  # keeps the orders of different seeds apart over any nu
 
 class NonFiniteLossError(SNOptError):
     """The training loss became NaN or infinite."""
+
+
+class PartnerFailedError(SNOptError):
+    """Another process of the team has failed in its part of a batch."""
 
 
 # What ends one run as failed and lets the others go on. Everything else is a defect and is raised.
@@ -64,22 +69,31 @@ RUN_FAILURES = (
 class TrainingRun:
     """A model in training, with its log and its checkpoint in one folder."""
 
-    def __init__(self, config: RunConfig, splits: Splits, folder: Path) -> None:
+    def __init__(
+        self, config: RunConfig, splits: Splits, folder: Path, team: Team | None = None
+    ) -> None:
         """Build model and optimizer from the seed; nothing is written yet.
 
         Args:
             config: What to run.
             splits: The task's data.
             folder: Where log and checkpoint go.
+            team: The processes that share the run; this one alone if None.
         """
         self.config, self.folder = config, folder
+        self.team = team or Team(device=config.device)
         self.train, self.test = splits.train.to(config.device), splits.test.to(config.device)
         self._clock = Clock(config.device)
-        _warm_up(config, self.train)
+        if self.team.size == 1:
+            _warm_up(config, self.train)
         _seed_everything(config.seed)
         self.model, self.optimizer = _build(config)
+        self._wrapped = self.team.wrap(self.model)
+        if not self.team.leads:  # other masks of dropout than on the first process
+            _seed_everything(config.seed + SEED_STRIDE * self.team.rank)
         self._meter = SolveMeter(self.model)
         self.position = Position()
+        self._stop = StopRequest()
 
     @property
     def batches(self) -> int:
@@ -104,10 +118,11 @@ class TrainingRun:
         Returns:
             How it ended.
         """
-        stop = stop or StopRequest()
+        stop = self._stop = stop or StopRequest()
         self.folder.mkdir(parents=True, exist_ok=True)
         keep_bytes = self._load() if resume and self._checkpoint.exists() else 0
-        with RunLog(self.folder / LOG_NAME, keep_bytes=keep_bytes) as log:
+        self.team.wait()  # all have looked before anybody writes
+        with self._open_log(keep_bytes) as log:
             if not keep_bytes:
                 self._begin(log)
             for observer in observers:
@@ -118,6 +133,11 @@ class TrainingRun:
         for observer in observers:
             observer.ended(result)
         return result
+
+    def _open_log(self, keep_bytes: int) -> RunLog:
+        if not self.team.leads:
+            return SilentLog()
+        return RunLog(self.folder / LOG_NAME, keep_bytes=keep_bytes)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -160,10 +180,19 @@ class TrainingRun:
 
     def _iterate(self, rows: Tensor) -> Record:
         started = self._clock.read()
-        targets = self.train.y[rows]
-        step = self._step(self.train.x[rows], targets)
+        own = self.team.share(rows)
+        targets = self.train.y[own]
+        step = self._step(self.train.x[own], targets, len(own) / len(rows))
         seconds = self._clock.read() - started
         metric = self._measure(step.outputs, targets)
+        if self.team.size > 1:
+            # The first process's clock counts for all, and whoever is asked to stop, asks all.
+            mine = seconds if self.team.leads else 0.0
+            part = (metric or 0.0) * len(own) / len(rows)
+            seconds, part, asked = self.team.sum([mine, part, float(self._stop.asked)])
+            metric = None if metric is None else part
+            if asked:
+                self._stop.ask()
         self.position.advance(len(rows), seconds, step.loss, metric or 0.0)
         return {
             "iteration": self.position.iteration,
@@ -179,7 +208,7 @@ class TrainingRun:
             "t1": self._meter.horizon(),  # of this iteration's solves; the report has the next one
         }
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> _Step:
+    def _step(self, inputs: Tensor, targets: Tensor, share: float = 1.0) -> _Step:
         """Forward, loss, backward and step; some optimizers repeat all but the last."""
         step = _Step()
         started = self._meter.evaluations()
@@ -187,11 +216,11 @@ class TrainingRun:
         def differentiate() -> float:
             self.optimizer.zero_grad()
             before = self._meter.evaluations()
-            step.outputs = self.model(inputs)
-            loss = self.config.task.loss(step.outputs, targets)
+            step.outputs, loss = self._forward(inputs, targets)
             between = self._meter.evaluations()
-            step.loss = self._finite(loss.item())
-            (loss + penalty_of(self.model)).backward()
+            step.loss = self._finite(self.team.sum([share * loss.item()])[0])
+            # The mean over the team is then the loss of the whole batch, however it was shared.
+            (loss * (share * self.team.size) + penalty_of(self.model)).backward()
             step.nfe_forward += between - before
             step.nfe_backward += self._meter.evaluations() - between
             return step.loss
@@ -204,6 +233,25 @@ class TrainingRun:
         total = self._meter.evaluations() - started
         step.nfe_update = total - step.nfe_forward - step.nfe_backward
         return step
+
+    def _forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and loss; a solve that fails on one process fails the run on all."""
+        failure = None
+        outputs = loss = inputs
+        try:
+            outputs = self._wrapped(inputs)
+            loss = self.config.task.loss(outputs, targets)
+        except RUN_FAILURES as error:
+            if self.team.size == 1:
+                raise
+            failure = error
+        if self.team.size > 1 and self.team.sum([float(failure is not None)])[0]:
+            raise failure or PartnerFailedError(
+                "the run has failed on another process",
+                got=f"this is process {self.team.rank} of {self.team.size}",
+                do="read the other processes' messages",
+            )
+        return outputs, loss
 
     def _finite(self, loss: float) -> float:
         """The loss, checked before a backward solve that could not end well."""
@@ -278,7 +326,8 @@ class TrainingRun:
 
     def _begin(self, log: RunLog) -> None:
         # Beside a new log, a checkpoint of an earlier run would be a trap for a later --resume.
-        self._checkpoint.unlink(missing_ok=True)
+        if self.team.leads:
+            self._checkpoint.unlink(missing_ok=True)
         task = self.config.task
         log.write(
             "header",
@@ -302,19 +351,23 @@ class TrainingRun:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "position": asdict(self.position),
-            "random": random_state(self.config.device),
+            "random": self.team.gather(random_state(self.config.device)),
             "log_bytes": log.size,
         }
-        save_checkpoint(self._checkpoint, content)
+        if self.team.leads:
+            save_checkpoint(self._checkpoint, content)
 
     def _load(self) -> int:
         """Restore everything from the checkpoint, and return the length of the log it goes with."""
         content = load_checkpoint(self._checkpoint, self.config.device)
-        _check_same(content.get("config", {}), self.config.describe(), self._checkpoint)
+        own = {"format": FORMAT, **self.config.describe()}
+        theirs = {"format": content.get("format"), **content.get("config", {})}
+        _check_same(theirs, own, self._checkpoint)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.position = Position(**content["position"])
-        restore_random_state(content["random"], self.config.device)
+        if self.team.rank < len(content["random"]):
+            restore_random_state(content["random"][self.team.rank], self.config.device)
         return int(content["log_bytes"])
 
 

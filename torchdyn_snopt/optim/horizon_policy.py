@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchdyn_snopt.curvature.horizon import HorizonWatch, horizon_spec
-from torchdyn_snopt.errors import InvalidInputError
+from torchdyn_snopt.errors import InvalidInputError, check_real
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -77,6 +77,8 @@ class HorizonPolicy:
     feedback: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("lr", "decay", "settle", "trust"):
+            check_real(name, getattr(self, name), do=f"leave {name} at its default")
         ranges = {
             "lr": (0.0 <= self.lr < math.inf, "a finite number of at least 0"),
             "interval": (_is_count(self.interval, 1), "a whole number of at least 1"),
@@ -138,6 +140,28 @@ def horizons_among(params: Iterable[Tensor]) -> list[Tensor]:
     return [p for p in params if horizon_spec(p) is not None]
 
 
+class Exchange:
+    """A process on its own; several ranks, or a scaled loss, bring their own.
+
+    Attributes:
+        unit: weight of an arriving slope in the gradient: 1/ranks, 1/(loss scale).
+    """
+
+    unit: float = 1.0
+
+    def sum(self, values: Sequence[float], like: Tensor) -> list[float]:
+        """Add up over the ranks.
+
+        Args:
+            values: of this one.
+            like: a tensor on the device to communicate by.
+
+        Returns:
+            The sums, in double precision.
+        """
+        return list(values)
+
+
 class HorizonMover:
     """Moves the horizons of an optimizer's groups, and asks for samples when that is due."""
 
@@ -163,7 +187,11 @@ class HorizonMover:
             watch.clear()
 
     def move(
-        self, groups: list[Group], states: Mapping[Tensor, State], names: dict[Tensor, str]
+        self,
+        groups: list[Group],
+        states: Mapping[Tensor, State],
+        names: dict[Tensor, str],
+        exchange: Exchange | None = None,
     ) -> dict[str, float]:
         """Update every horizon that is due, after θ has moved.
 
@@ -171,6 +199,7 @@ class HorizonMover:
             groups: of the optimizer, their steps counted.
             states: the optimizer's state.
             names: of the parameters, for the report.
+            exchange: what other ranks add, and in what units the samples came; None: nothing.
 
         Returns:
             By name: t1, Q_T, Q_TT, and the open-loop and the feedback part of the change of t1
@@ -184,8 +213,11 @@ class HorizonMover:
             if horizon.grad is not None
         ]
         report: dict[str, float] = {}
+        exchange = exchange or Exchange()
         for group, watch, horizon in due:
-            figures = _Update(horizon, watch.samples(horizon), group).apply(states[horizon])
+            figures = _Update(horizon, watch.samples(horizon), group, exchange).apply(
+                states[horizon]
+            )
             prefix = "" if len(due) == 1 else f"{names[horizon]}."
             report |= {prefix + name: value for name, value in figures.items()}
         for group, watch in zip(groups, self._watches, strict=True):
@@ -201,11 +233,13 @@ def _policy(group: Group) -> HorizonPolicy:
 class _Update:
     """One update of one horizon."""
 
-    def __init__(self, horizon: Tensor, samples: list[HorizonSample], group: Group) -> None:
+    def __init__(
+        self, horizon: Tensor, samples: list[HorizonSample], group: Group, exchange: Exchange
+    ) -> None:
         spec = horizon_spec(horizon)
         assert spec is not None
         assert horizon.grad is not None
-        self.horizon, self.policy = horizon, _policy(group)
+        self.horizon, self.policy, self.exchange = horizon, _policy(group), exchange
         self.spec: HorizonSpec = spec
         self.sign = -1.0 if group["maximize"] else 1.0
         self.gradient = self.sign * horizon.grad.item()
@@ -214,8 +248,9 @@ class _Update:
         for sample in samples:
             passes.setdefault(sample.task, []).append(sample)
         self.passes = list(passes.values())
-        count = sum(some[0].slopes.numel() for some in self.passes)
-        self.scale = count if group["reduction"] == "mean" else 1
+        self.count = sum(some[0].slopes.numel() for some in self.passes)
+        self.is_mean = group["reduction"] == "mean"
+        self.scale = 1.0
 
     def apply(self, state: State) -> dict[str, float]:
         """Average, take the step, keep within trust region and bounds."""
@@ -234,23 +269,31 @@ class _Update:
 
     def _curvature(self) -> float:
         """Q_TT without the penalty."""
-        if self.passes:
-            return self.scale * sum(float(_slopes(some).square().sum()) for some in self.passes)
+        squares = sum(float(_slopes(some).square().sum()) for some in self.passes)
+        count, squares = self.exchange.sum([self.count, squares], self.horizon)
+        if count:
+            # A slope that arrives enters the gradient with the weight of its unit.
+            self.scale = (count if self.is_mean else 1.0) * self.exchange.unit**2
+            return self.scale * squares
         # Solved by another sensitivity: the batch stands in for its samples.
         penalty = self.sign * self.spec.penalty * self.horizon.item()
         return float((self.gradient - penalty) ** 2)
 
     def _feedback(self) -> float:
         """Q_Tu δθ."""
-        total = 0.0
+        products = turns = 0.0
         for some in self.passes:
             responses = [sample.respond() for sample in some]
             answered = [response for response in responses if response is not None]
             if len(answered) < len(responses):
-                return 0.0
+                products = math.nan
+                break
             losses = torch.stack([response.losses.cpu().double() for response in answered]).sum(0)
             changes = torch.stack([response.slopes.cpu().double() for response in answered]).sum()
-            total += self.scale * float(_slopes(some).dot(losses)) + self.sign * float(changes)
+            products += float(_slopes(some).dot(losses))
+            turns += float(changes)
+        products, turns = self.exchange.sum([products, turns], self.horizon)
+        total = self.scale * products + self.sign * self.exchange.unit * turns
         return total if math.isfinite(total) else 0.0
 
     def _average(self, state: State, curvature: float) -> None:

@@ -7,7 +7,8 @@ with the optimizer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torchdyn_snopt.optim.layers import Layer
 
 Group = dict[str, Any]
+Parts: TypeAlias = "dict[str, Tensor]"
 Report = dict[str, "Tensor | float"]
 
 # A factorization may fail this often in a row before the run is stopped.
@@ -31,13 +33,37 @@ FULL_EVERY = 20
 class Preconditioner(Protocol):
     """How gradients become updates."""
 
+    #: What `decompose` returns: each name with the factor whose shape it has, and how many of that
+    #: factor's last two dimensions: 2 for a matrix, 1 for its eigenvalues.
+    PARTS: ClassVar[Mapping[str, tuple[str, int]]]
+
+    def decompose(self, layer: Layer, group: Group) -> Parts:
+        """The costly part of a refresh; changes nothing.
+
+        Args:
+            layer: with new A and B in its state.
+            group: its settings.
+
+        Returns:
+            Decompositions of the factors, by the names of `PARTS`.
+        """
+
+    def install(self, layer: Layer, parts: Parts) -> None:
+        """Put decompositions, computed here or elsewhere, into the layer's state.
+
+        Args:
+            layer: they belong to.
+            parts: what `decompose` returned.
+        """
+
     def refresh(self, layer: Layer, group: Group) -> None:
-        """Recompute what depends on the layer's factors, or raise and leave all as it was.
+        """Both at once, or raise and leave all as it was.
 
         Args:
             layer: with new A and B in its state.
             group: its settings.
         """
+        self.install(layer, self.decompose(layer, group))
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
@@ -69,29 +95,54 @@ def guarded_refresh(preconditioner: Preconditioner, layer: Layer, group: Group) 
     Raises:
         CurvatureError: too many failures in a row, or the first refresh failed.
     """
-    state = layer.state
     try:
-        preconditioner.refresh(layer, group)
+        parts = preconditioner.decompose(layer, group)
     except torch.linalg.LinAlgError as error:
-        state["failures"] = state.get("failures", 0) + 1
-        norms = {key: float(torch.linalg.vector_norm(state.pop(key))) for key in ("A", "B")}
-        del state["factor_weight"]
-        if state["failures"] >= MAX_FAILURES or not state.get("ready", False):
-            raise CurvatureError(
-                "the curvature of a layer cannot be factorized",
-                layer=layer.name,
-                failures=state["failures"],
-                norms=norms,
-                got=str(error),
-                allowed=f"finite factors, up to {MAX_FAILURES - 1} failures in a row",
-                do="look for non-finite activations or gradients, raise damping, or use float64",
-            ) from error
+        keep_last_good(layer, error)
         return False
-    state["failures"], state["ready"] = 0, True
+    install(preconditioner, layer, parts)
     return True
 
 
-class KFEAdam:
+def install(preconditioner: Preconditioner, layer: Layer, parts: Parts) -> None:
+    """Take new decompositions, which makes the layer ready.
+
+    Args:
+        preconditioner: they are for.
+        layer: they are of.
+        parts: them.
+    """
+    preconditioner.install(layer, parts)
+    layer.state["failures"], layer.state["ready"] = 0, True
+
+
+def keep_last_good(layer: Layer, error: Exception) -> None:
+    """Count a failed factorization, and drop the factors that it failed on.
+
+    Args:
+        layer: whose factors.
+        error: why.
+
+    Raises:
+        CurvatureError: too many failures in a row, or the first refresh failed.
+    """
+    state = layer.state
+    state["failures"] = state.get("failures", 0) + 1
+    norms = {key: float(torch.linalg.vector_norm(state.pop(key))) for key in ("A", "B")}
+    del state["factor_weight"]
+    if state["failures"] >= MAX_FAILURES or not state.get("ready", False):
+        raise CurvatureError(
+            "the curvature of a layer cannot be factorized",
+            layer=layer.name,
+            failures=state["failures"],
+            norms=norms,
+            got=str(error),
+            allowed=f"finite factors, up to {MAX_FAILURES - 1} failures in a row",
+            do="look for non-finite activations or gradients, raise damping, or use float64",
+        ) from error
+
+
+class KFEAdam(Preconditioner):
     """Adam's moments in the Kronecker eigenbasis of the curvature.
 
     With U_A, U_B the eigenvectors of A and B, Adam runs on U_Bᵀ G U_A. The idea of running Adam in
@@ -102,25 +153,40 @@ class KFEAdam:
     for uncorrelated coordinates.
     """
 
-    def refresh(self, layer: Layer, group: Group) -> None:
-        """Update the basis and rotate the moments; see `Preconditioner`.
+    PARTS: ClassVar[Mapping[str, tuple[str, int]]] = {"U_A": ("A", 2), "U_B": ("B", 2)}
+
+    def decompose(self, layer: Layer, group: Group) -> Parts:
+        """Update the basis; see `Preconditioner`.
 
         Args:
             layer: with new factors.
             group: its settings.
+
+        Returns:
+            U_A and U_B.
         """
-        state = layer.state
-        count = state.get("refreshes", 0)
-        turns, bases = {}, {}
+        state, bases = layer.state, {}
+        full = state.get("refreshes", 0) % FULL_EVERY == 0
         for factor, basis in (("A", "U_A"), ("B", "U_B")):
             old = state.get(basis)
-            if old is None or count % FULL_EVERY == 0:
-                new = symmetric_eigen(state[factor])[1].flip(-1)
+            if old is None or full:
+                bases[basis] = symmetric_eigen(state[factor])[1].flip(-1)
             else:
-                new = follow_basis(state[factor], old)
-            turns[basis] = None if old is None else new.mT @ old
-            bases[basis] = new
-        state.update(bases, refreshes=count + 1)
+                bases[basis] = follow_basis(state[factor], old)
+        return bases
+
+    def install(self, layer: Layer, parts: Parts) -> None:
+        """Rotate the moments along with the basis; see `Preconditioner`.
+
+        Args:
+            layer: they belong to.
+            parts: U_A and U_B.
+        """
+        state = layer.state
+        turns = {
+            basis: new.mT @ state[basis] if basis in state else None for basis, new in parts.items()
+        }
+        state.update(parts, refreshes=state.get("refreshes", 0) + 1)
         turn_a, turn_b = turns["U_A"], turns["U_B"]
         if "exp_avg" in state and turn_a is not None and turn_b is not None:
             state["exp_avg"] = turn_b @ state["exp_avg"] @ turn_a.mT
@@ -167,15 +233,20 @@ class KFEAdam:
         ]
 
 
-class KFAC:
+class KFAC(Preconditioner):
     """(B + √λ/π)⁻¹ G (A + π√λ)⁻¹ with factored Tikhonov damping (Martens & Grosse 2015, 6.3)."""
 
-    def refresh(self, layer: Layer, group: Group) -> None:
+    PARTS: ClassVar[Mapping[str, tuple[str, int]]] = {"A_inv": ("A", 2), "B_inv": ("B", 2)}
+
+    def decompose(self, layer: Layer, group: Group) -> Parts:
         """Invert the damped factors; see `Preconditioner`.
 
         Args:
             layer: with new factors.
             group: damping λ (weight decay γ is added to it).
+
+        Returns:
+            Both inverses.
 
         Raises:
             LinAlgError: a factor is not finite.
@@ -186,8 +257,16 @@ class KFAC:
         pi = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt().clamp(1e-6, 1e6)
         if not bool(torch.isfinite(pi).all()):
             raise torch.linalg.LinAlgError("a factor is not finite")
-        a_inv, b_inv = damped_inverse(a, root * pi), damped_inverse(b, root / pi)
-        state["A_inv"], state["B_inv"] = a_inv, b_inv
+        return {"A_inv": damped_inverse(a, root * pi), "B_inv": damped_inverse(b, root / pi)}
+
+    def install(self, layer: Layer, parts: Parts) -> None:
+        """Keep the inverses; see `Preconditioner`.
+
+        Args:
+            layer: they belong to.
+            parts: both inverses.
+        """
+        layer.state.update(parts)
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
@@ -210,26 +289,45 @@ class KFAC:
         return _clip_and_gather(layers, gradients, natural, group, report)
 
 
-class EKFAC:
+class EKFAC(Preconditioner):
     """Algorithm 2: eigenbasis of the factors, eigenvalues re-estimated from the gradients.
 
     The running second moments S of the gradient in the eigenbasis replace the factors' own
     eigenvalues (George et al. 2018); G ↦ U_B [(U_Bᵀ G U_A) / (S + ε)] U_Aᵀ.
     """
 
-    def refresh(self, layer: Layer, group: Group) -> None:
+    PARTS: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "U_A": ("A", 2),
+        "U_B": ("B", 2),
+        "values_A": ("A", 1),
+        "values_B": ("B", 1),
+    }
+
+    def decompose(self, layer: Layer, group: Group) -> Parts:
         """Decompose the factors; see `Preconditioner`.
 
         Args:
             layer: with new factors.
             group: its settings.
+
+        Returns:
+            Eigenvectors and eigenvalues of both.
+        """
+        values_a, vectors_a = symmetric_eigen(layer.state["A"])
+        values_b, vectors_b = symmetric_eigen(layer.state["B"])
+        return {"U_A": vectors_a, "U_B": vectors_b, "values_A": values_a, "values_B": values_b}
+
+    def install(self, layer: Layer, parts: Parts) -> None:
+        """Start over in the new basis; see `Preconditioner`.
+
+        Args:
+            layer: they belong to.
+            parts: eigenvectors and eigenvalues.
         """
         state = layer.state
-        values_a, vectors_a = symmetric_eigen(state["A"])
-        values_b, vectors_b = symmetric_eigen(state["B"])
-        state["U_A"], state["U_B"] = vectors_a, vectors_b
+        state["U_A"], state["U_B"] = parts["U_A"], parts["U_B"]
         # The factors' eigenvalues are the first estimate in the new basis.
-        state["S"] = values_b.unsqueeze(-1) * values_a.unsqueeze(-2)
+        state["S"] = parts["values_B"].unsqueeze(-1) * parts["values_A"].unsqueeze(-2)
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from torchdyn_snopt.curvature.columns import ColumnCollector
-from torchdyn_snopt.curvature.factors import CurvatureSpec
+from torchdyn_snopt.curvature.factors import CurvatureSpec, Totals
 from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector, take_failed
 from torchdyn_snopt.curvature.seeds import trial
-from torchdyn_snopt.errors import SolverError, UnsupportedError
+from torchdyn_snopt.errors import SNOptError, SolverError, UnsupportedError, check_instance
 from torchdyn_snopt.optim import fallback as fallbacks
+from torchdyn_snopt.optim.arguments import (
+    check_group,
+    check_params,
+    check_saved,
+    check_whole,
+    hookable_modules,
+)
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
 from torchdyn_snopt.optim.layers import Layer
 from torchdyn_snopt.optim.low_rank import (
@@ -28,10 +38,13 @@ from torchdyn_snopt.optim.low_rank import (
     decay_damping,
     next_damping,
 )
-from torchdyn_snopt.optim.preconditioners import TABLE, guarded_refresh
+from torchdyn_snopt.optim.preconditioners import TABLE
+from torchdyn_snopt.optim.ranks import Collected, RankExchange, Ranks, pool, refresh
 from torchdyn_snopt.optim.settings import PAPER, resolve
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.optim.preconditioners import Report
 
@@ -74,15 +87,20 @@ class SNOpt(Optimizer):
         maximize: ascend.
         foreach: False updates tensor by tensor (less memory, slower).
         horizon: settings of the policy (Eq. 16) that moves each `Horizon` among the parameters.
+        process_group: the processes that train this model together, whose curvature is averaged as
+            DistributedDataParallel averages their gradients; all of torch.distributed when None.
 
     Arguments left out take the defaults of the preconditioner (``optim.settings.DEFAULTS``).
 
     Raises:
         InvalidInputError: a setting out of range.
-        UnsupportedError: complex parameters.
+        UnsupportedError: complex parameters, or a model sharded by FSDP.
 
     Source: Liu, Chen & Theodorou 2021, Algorithms 1 and 2, Eqs. 13, 14.
     """
+
+    # GradScaler leaves its scale and what it has found to the optimizer.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -107,7 +125,16 @@ class SNOpt(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         horizon: HorizonPolicy | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        check_params(params)
+        check_instance(
+            "horizon",
+            horizon,
+            (HorizonPolicy, type(None)),
+            allowed="a HorizonPolicy, or None for its defaults",
+            do="pass horizon=HorizonPolicy(lr=0.5), say",
+        )
         # None where left out: a group with another preconditioner takes the defaults of that one.
         self._settings: Group = {
             "lr": lr,
@@ -133,16 +160,25 @@ class SNOpt(Optimizer):
         self._collectors: list[Collector] = []
         self._recorders: list[OutsideRecorder] = []
         self._horizons = HorizonMover()
+        self._ranks = Ranks(process_group)
         self._names: dict[Tensor, str] = {}
         self._modules: list[LayerModule] = []
         if isinstance(params, nn.Module):
-            self._modules = [module for module in params.modules() if is_supported(module)]
-            self._names = {p: name for name, p in params.named_parameters()}
+            check_whole(params)
+            model: nn.Module = params
+            if isinstance(params, DistributedDataParallel):
+                self._ranks = Ranks(process_group or params.process_group)
+                model = params.module
+            self._modules = [m for m in hookable_modules(model) if is_supported(m)]
+            self._names = {p: name for name, p in model.named_parameters()}
             params = [p for p in self._names if p.requires_grad]
         #: Figures of the last step worth logging, e.g. the trust region's factor.
         self.report: Report = {}
         #: Steps that were dropped because a solve failed (``on_failure='skip'``).
         self.skipped_steps = 0
+        #: Seconds of this process in refreshes of the curvature, in all steps together.
+        self.curvature_seconds = 0.0
+        self._loss_scale = 1.0
         super().__init__(params, {**resolve(self._settings), "step": 0})
 
     @classmethod
@@ -168,20 +204,16 @@ class SNOpt(Optimizer):
             param_group: 'params' and any settings.
 
         Raises:
-            UnsupportedError: a complex parameter.
+            SNOptError: a setting out of range, or a parameter that is complex or no real number.
         """
         own = {name: value for name, value in param_group.items() if name in self._settings}
         super().add_param_group({**param_group, **resolve({**self._settings, **own})})
         group = self.param_groups[-1]
-        refused = next((p for p in group["params"] if p.is_complex()), None)
-        if refused is not None:
+        try:
+            check_group(group)
+        except SNOptError:
             self.param_groups.pop()
-            raise UnsupportedError(
-                "complex parameters are not supported",
-                got=f"a parameter of {refused.dtype}",
-                allowed="floating-point parameters",
-                do="use torch.view_as_real",
-            )
+            raise
         for i, p in enumerate(group["params"]):
             name = f"group {len(self.param_groups) - 1}, #{i}"
             self._names.setdefault(p, group["param_names"][i] if "param_names" in group else name)
@@ -238,25 +270,36 @@ class SNOpt(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if take_failed(self._parameters()):
+        if self._overflowed():
+            take_failed(self._parameters())
+            self._forget()
+            return loss
+        if self._failed():
             self.skipped_steps += 1
             self._forget()
             return loss
         self.report = {}
         for group, collector, recorder in self._groups():
             if collector.active:
+                started = perf_counter()
                 recorder.deliver()
                 if isinstance(collector, ColumnCollector):
                     absorb_columns(group, collector, self.state)
                 else:
                     self._refresh(group, collector)
                 collector.clear()
+                self.curvature_seconds += perf_counter() - started
         self._low_rank_steps(closure, loss)
         for group, collector, recorder in self._groups():
             self._move(group)
             group["step"] += 1
             _request(group, collector, recorder)
-        self.report |= self._horizons.move(self.param_groups, self.state, self._names)
+        self.report |= self._horizons.move(
+            self.param_groups,
+            self.state,
+            self._names,
+            RankExchange(self._ranks, self._loss_scale),
+        )
         return loss
 
     def _low_rank_steps(self, closure: Closure | None, loss: float | None) -> None:
@@ -266,6 +309,14 @@ class SNOpt(Optimizer):
         steps = [step for step in steps if step.params]
         if not steps:
             return
+        if self._ranks.size > 1 or self._loss_scale != 1.0:
+            scaled = "a GradScaler" if self._loss_scale != 1.0 else f"{self._ranks.size} ranks"
+            raise UnsupportedError(
+                "the columns of 'low_rank' are those of one process and of an unscaled loss",
+                got=f"preconditioner='low_rank' with {scaled}",
+                allowed="'kfe_adam', 'kfac' and 'ekfac'",
+                do="choose one of these, or train in one process and in float32 or bfloat16",
+            )
         for number in range(TRIALS if closure is not None else 1):
             predicted = sum(step.apply(self.report) for step in steps)
             if closure is None or loss is None:
@@ -308,26 +359,74 @@ class SNOpt(Optimizer):
         reduction = after - before if group["maximize"] else before - after
         return reduction if math.isfinite(after) else -math.inf
 
-    def _refresh(self, group: Group, collector: Collector) -> None:
-        preconditioner = TABLE[group["preconditioner"]]
-        position = {id(p): i for i, p in enumerate(group["params"])}
-        for module, factors in collector.collected():
-            state = self.state[module.weight]
-            bias = position[id(module.bias)] if collector.takes_bias(module) else None
-            if not state.get("ready", False) or state["bias"] != bias:
-                self._adopt(group, module, bias)
-            layer = self._layer(group, module.weight)
-            layer.absorb(factors, group["factor_decay"])
-            guarded_refresh(preconditioner, layer, group)
+    def _overflowed(self) -> bool:
+        """What a GradScaler has put on the optimizer; gradients are unscaled, curvature later."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            self._loss_scale = 1.0
+            return False
+        scale = getattr(self, "grad_scale", None)
+        if bool(found_inf > 0):
+            return True
+        self._loss_scale = math.nan if scale is None else float(scale)
+        if scale is not None:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / self._loss_scale)
+        return False
 
-    def _adopt(self, group: Group, module: LayerModule, bias: int | None) -> None:
+    def _unscaled(self, totals: Totals, group: Group) -> Totals:
+        """What gradients without a GradScaler's factor would have left."""
+        scale = self._loss_scale
+        if scale == 1.0:
+            return totals
+        if math.isnan(scale):
+            if group["preconditioner"] == "kfe_adam":  # eigenvectors only: no scale matters
+                return totals
+            raise UnsupportedError(
+                "the curvature was collected with a loss scale that is no longer known",
+                got=f"scaler.unscale_(optimizer) before a step of {group['preconditioner']!r}",
+                allowed="scaler.step(optimizer) alone, which unscales gradients and curvature",
+                do="leave out scaler.unscale_; or use preconditioner='kfe_adam', which needs no "
+                "scale; or bfloat16, which needs no scaler",
+            )
+        return replace(totals, b=totals.b / scale**2)
+
+    def _failed(self) -> bool:
+        """Whether a solve has failed, on any rank."""
+        params = self._parameters()
+        self._ranks.check_same(params)
+        return self._ranks.any(take_failed(params), params[0])
+
+    def _refresh(self, group: Group, collector: Collector) -> None:
+        position = {id(p): i for i, p in enumerate(group["params"])}
+        collected = [
+            Collected(
+                position[id(module.weight)],
+                position[id(module.bias)] if collector.takes_bias(module) else None,
+                getattr(module, "groups", 1),
+                self._unscaled(totals, group),
+            )
+            for module, totals in collector.totals()
+        ]
+        layers = []
+        for one in pool(self._ranks, collected, group):
+            weight = group["params"][one.weight]
+            state = self.state[weight]
+            if not state.get("ready", False) or state["bias"] != one.bias:
+                self._adopt(group, one)
+            layer = self._layer(group, weight)
+            layer.absorb(one.totals.factors(collector.spec), group["factor_decay"])
+            layers.append(layer)
+        refresh(self._ranks, TABLE[group["preconditioner"]], layers, group)
+
+    def _adopt(self, group: Group, one: Collected) -> None:
         """Start afresh, from the fallback or with(out) the bias: moments change their shape."""
-        if bias is not None:
-            self.state[group["params"][bias]].clear()
-        state = self.state[module.weight]
+        if one.bias is not None:
+            self.state[group["params"][one.bias]].clear()
+        state = self.state[group["params"][one.weight]]
         state.clear()
         # Indices, not references: the state is saved and must find its way without the modules.
-        state["groups"], state["bias"] = getattr(module, "groups", 1), bias
+        state["groups"], state["bias"] = one.groups, one.bias
 
     def _layer(self, group: Group, weight: Tensor) -> Layer:
         state = self.state[weight]
@@ -389,8 +488,10 @@ class SNOpt(Optimizer):
         """Load what `state_dict` returned, here or on another device or process.
 
         Args:
-            state_dict: it; not changed.
+            state_dict: it; not changed. That of another optimizer, or of a model with other
+                parameters, is an `InvalidInputError` that says what differs.
         """
+        check_saved(state_dict, self.param_groups, self._settings)
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; factors of low-precision parameters stay wide.
         saved = state_dict["state"]
@@ -402,7 +503,7 @@ class SNOpt(Optimizer):
                     self.state[p][key] = value.detach().to(device=p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_names", "_modules", "skipped_steps")
+        own = ("_settings", "_names", "_modules", "skipped_steps", "curvature_seconds")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -412,6 +513,8 @@ class SNOpt(Optimizer):
         super().__setstate__(state)
         self._collectors, self._recorders, self.report = [], [], {}
         self._horizons = HorizonMover()
+        self._ranks = getattr(self, "_ranks", None) or Ranks()
+        self._loss_scale = 1.0
         for group in self.param_groups:
             self._watch(group)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torchdyn_snopt.errors import InvalidInputError
+from torchdyn_snopt.errors import InvalidInputError, check_real
 
 SAFETY = 0.9
 MIN_FACTOR = 0.2
@@ -31,6 +31,7 @@ class Tolerances:
 
     def __post_init__(self) -> None:
         for name, value, low_ok in (("rtol", self.rtol, False), ("atol", self.atol, True)):
+            check_real(name, value, do=f"pass {name}=1e-3")
             if not math.isfinite(value) or value < 0 or (value == 0 and not low_ok):
                 raise InvalidInputError(
                     f"the tolerance {name} cannot steer an adaptive solve",
@@ -38,13 +39,17 @@ class Tolerances:
                     allowed="a finite number " + ("of at least 0" if low_ok else "above 0"),
                     do=f"pass {name}=1e-3, or choose a fixed-step solver such as 'rk4'",
                 )
-        if self.max_steps < 1:
+        if not _is_count(self.max_steps):
             raise InvalidInputError(
                 "max_steps leaves no room for a step",
                 got=f"max_steps={self.max_steps!r}",
                 allowed="a whole number of at least 1",
                 do=f"leave it at its default, {DEFAULT_MAX_STEPS}",
             )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class PIController:
