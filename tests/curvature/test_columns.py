@@ -66,7 +66,7 @@ class Convolution(nn.Module):
 
 
 class Image(nn.Module):
-    """Two-dimensional convolutions on [N, 1, 2, 3]: one gathered line by line, one with a stride."""
+    """Convolutions on [N, 1, 2, 3]; the factors of the first are gathered line by line."""
 
     def __init__(self) -> None:
         super().__init__()
