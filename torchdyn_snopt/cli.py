@@ -276,7 +276,7 @@ def bench_low_rank(
         int,
         typer.Option(
             min=0,
-            help="First choose every contender's settings, the best of six on this many other "
+            help="First choose every contender's settings, the best of four on this many other "
             "seeds: 100, 101, .... 0: race with those found before.",
         ),
     ] = 0,
@@ -411,13 +411,18 @@ def reproduce(
     _conclude(outcome.results)
 
 
+def _say(text: str) -> None:
+    console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+
 def _measure(title: str, run: Callable[[Callable[[str], None]], Measured], out: Path) -> None:
     """Run a measurement that hands back tables and a picture, and write them."""
     from torchdyn_snopt.errors import SNOptError
 
     try:
         with console.status(title) as status:
-            measured = run(status.update)
+            # A log keeps every line of the progress, a terminal shows the last.
+            measured = run(status.update if console.is_terminal else _say)
         _show_benchmark(measured.report)
         _show_files(measured.write(out), out)
     except SNOptError as error:
