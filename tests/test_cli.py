@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -9,14 +10,16 @@ import signal
 import stat
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from tests.experiments.tiny import BATCHES, TINY
 from torchdyn_snopt import cli
 from torchdyn_snopt.experiments import report
-from torchdyn_snopt.experiments.bench import BENCHMARKS
+from torchdyn_snopt.experiments.bench import BENCHMARKS, low_rank
 from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
 from torchdyn_snopt.experiments.curves import read_run, read_runs
+from torchdyn_snopt.experiments.reproduce import MEASUREMENTS, Measured
 from torchdyn_snopt.experiments.storage import locked_folder
 from torchdyn_snopt.experiments.tasks import TASKS
 from torchdyn_snopt.experiments.training import TrainingRun
@@ -194,7 +197,7 @@ def test_if_every_run_fails_so_does_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "no such task got: 'nonsense' allowed: digits, moons, mnist, tiny"),
+        (["nonsense"], "no such task got: 'nonsense' allowed: digits, moons, "),
         (["tiny", "--optimizer", "adagrad"], "no such optimizer got: 'adagrad'"),
         (["tiny", "--optimizer", "adam:rate=1"], "adam has no such setting got: rate"),
         (["tiny", "--optimizer", "sgd:lr=-1"], "SGD does not accept these settings"),
@@ -301,7 +304,49 @@ def test_a_benchmark_is_shown_and_written(tmp_path, monkeypatch):
 
 def test_every_benchmark_has_a_command():
     names = {command.name for command in cli.bench_app.registered_commands}
-    assert names == set(BENCHMARKS)
+    assert names == {*BENCHMARKS, "low-rank"}
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_a_measurement_tells_its_progress_and_leaves_table_data_and_picture(
+    tmp_path, monkeypatch, name
+):
+    def measured(tell):
+        tell("half done")
+        table = BenchTable("Title", ["field", "error"], [["timed", "1.0e-05"]])
+        return Measured(BenchReport(name, [table], "A note.", {}, [{"error": 1e-5}]), Figure())
+
+    monkeypatch.setitem(MEASUREMENTS, name, measured)
+    out = tmp_path / "out"
+    result = invoke("reproduce", name, "--out", out)
+    assert result.exit_code == 0, result.output
+    for words in ("half done", "1.0e-05", "A note."):
+        assert words in result.output
+    assert {path.name for path in out.iterdir()} == {
+        f"{name}.{end}" for end in ("md", "json", "png")
+    }
+    assert "| timed | 1.0e-05 |" in (out / f"{name}.md").read_text()
+    assert json.loads((out / f"{name}.json").read_text())["measurements"] == [{"error": 1e-5}]
+    assert (out / f"{name}.png").stat().st_size > 0
+
+
+def test_the_race_s_settings_are_tuned_first_where_asked(tmp_path, monkeypatch):
+    """On a target that the initial weights reach: one turn a contender."""
+    (moons,) = (race for race in low_rank.RACES if race.task == "moons")
+    quick = dataclasses.replace(moons, target=10.0, peers=moons.peers[:2])
+    monkeypatch.setattr(low_rank, "RACES", (quick,))
+    words = ["bench", "low-rank", "--task", "moons", "--seeds", 1, "--out", tmp_path]
+    result = invoke(*words, "--tune", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("moons, trial of ") == 8
+    assert "moons, seed 0: Adam reached the target" in result.output
+    raw = json.loads((tmp_path / "low-rank.json").read_text())["measurements"]
+    trials = [row for row in raw if "trial" in row]
+    assert len(trials) == 8
+    assert [row["optimizer"] for row in trials if row["chosen"]] == ["SNOpt low_rank", "Adam"]
+    refused = invoke("bench", "low-rank", "--task", "digits")
+    assert refused.exit_code == 2
+    assert "no race is run on this task got: --task digits allowed: moons" in plain(refused.output)
 
 
 @pytest.mark.parametrize(

@@ -273,14 +273,37 @@ def bench_memory(
 @bench_app.command("low-rank")
 def bench_low_rank(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 5,
+    task: Annotated[str | None, typer.Option(help="spiral or moons. Without it: both.")] = None,
+    tune: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="First choose every contender's settings, the best of four on this many other "
+            "seeds: 100, 101, .... 0: race with those found before.",
+        ),
+    ] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for the table, the picture and the raw data.")
     ] = Path("runs/low-rank"),
 ) -> None:
-    """Time to a target on the spiral and on moons: the low-rank step against tuned peers."""
-    from torchdyn_snopt.experiments.bench.low_rank import race
+    """Time to a target on the spiral and on moons: the low-rank step against its peers."""
+    from torchdyn_snopt.experiments.bench.low_rank import RACES, race
 
-    _measure("bench low-rank", lambda tell: race(seeds, tell), out)
+    races = [entry for entry in RACES if task in (None, entry.task)]
+    if not races:
+        _fail(_unknown_race(task, [entry.task for entry in RACES]))
+    _measure("bench low-rank", lambda tell: race(seeds, tell, races, tune), out)
+
+
+def _unknown_race(task: str | None, known: list[str]) -> SNOptError:
+    from torchdyn_snopt.errors import InvalidInputError
+
+    return InvalidInputError(
+        "no race is run on this task",
+        got=f"--task {task}",
+        allowed=", ".join(known),
+        do="choose one of these, or leave --task out for all of them",
+    )
 
 
 def _bench(kind: str, json: Path | None, repeats: int, device: str) -> None:
@@ -390,13 +413,18 @@ def reproduce(
     _conclude(outcome.results)
 
 
+def _say(text: str) -> None:
+    console.print(text, style="dim", highlight=False, soft_wrap=True)
+
+
 def _measure(title: str, run: Callable[[Callable[[str], None]], Measured], out: Path) -> None:
     """Run a measurement that hands back tables and a picture, and write them."""
     from torchdyn_snopt.errors import SNOptError
 
     try:
         with console.status(title) as status:
-            measured = run(status.update)
+            # A log keeps every line of the progress, a terminal shows the last.
+            measured = run(status.update if console.is_terminal else _say)
         _show_benchmark(measured.report)
         _show_files(measured.write(out), out)
     except SNOptError as error:

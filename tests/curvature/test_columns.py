@@ -65,7 +65,25 @@ class Convolution(nn.Module):
         return self.linear(h).flatten(1)
 
 
-FIELDS = {"layers": Layers, "gated": Gated, "unmappable": Unmappable, "convolution": Convolution}
+class Image(nn.Module):
+    """Convolutions on [N, 1, 2, 3]; the factors of the first are gathered line by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.wide = nn.Conv2d(2, 6, (2, 3), stride=(2, 1))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.wide(torch.tanh(self.conv(x.view(-1, 1, 2, 3)))).flatten(1)
+
+
+FIELDS = {
+    "layers": Layers,
+    "gated": Gated,
+    "unmappable": Unmappable,
+    "convolution": Convolution,
+    "image": Image,
+}
 
 
 class Model(nn.Module):
@@ -140,7 +158,7 @@ def relative(value: Tensor, reference: Tensor) -> float:
 @pytest.mark.parametrize("times", [[0.0, 0.4, 1.0], [0.9, -0.2]], ids=["up", "down"])
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_columns_rebuild_the_gauss_newton_matrix_of_the_network(name, times, adjoint):
-    size = 6 if name == "convolution" else D
+    size = 6 if name in {"convolution", "image"} else D
     model = Model(FIELDS[name](), size, times, adjoint=adjoint)
     x, y = torch.randn(N, 2), torch.randn(N, len(times) - 1, 2)
     criterion = MSELoss()

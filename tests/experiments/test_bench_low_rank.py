@@ -59,3 +59,42 @@ def test_the_spiral_s_windows_and_model():
     with torch.no_grad():
         states = model.node(splits.test.x[:2], model.times)
     assert torch.allclose(states[1:].movedim(0, 1), model(splits.test.x[:2]))
+
+
+def test_every_contender_gets_the_same_number_of_trials_and_its_settings_are_among_them():
+    for race in low_rank.RACES:
+        for peer in race.peers:
+            grid = [candidate.described for candidate in peer.grid()]
+            assert len(set(grid)) == 4
+            assert peer.described in grid
+
+
+def test_tuning_chooses_the_least_total_and_stops_what_cannot_win(monkeypatch):
+    """Contenders that take as many seconds as their learning rate says, on each of two seeds."""
+
+    class Scripted:
+        def __init__(self, race, peer, seed):
+            self.peer, self.seed, self.seconds, self.reached = peer, seed, 0.0, None
+            self.needed = peer.settings["lr"] * (2.0 if peer.batch_size == 2 else 1.0)
+            seeds.append(seed)
+
+        @property
+        def finished(self):
+            return self.reached is not None or self.seconds > 10.0
+
+        def turn(self):
+            self.seconds += 1.0
+            if self.seconds >= self.needed:
+                self.reached = self.seconds
+
+    seeds = []
+    monkeypatch.setattr(low_rank, "Run", Scripted)
+    peer = dataclasses.replace(
+        RACE.peers[1], settings={"lr": 3.0}, values=(3.0, 2.0), batch_sizes=(2, 1)
+    )
+    race, trials = low_rank.tune(dataclasses.replace(RACE, peers=(peer,)), 2, lambda _: None)
+    assert race.peers[0].described == "lr 2.0, batch 1"
+    assert [trial["seconds"] for trial in trials] == [12.0, 6.0, 7.0, 4.0]
+    assert [trial["reached"] for trial in trials] == [True, True, False, True]
+    assert [trial["chosen"] for trial in trials] == [False, False, False, True]
+    assert set(seeds) == {100, 101}

@@ -34,10 +34,11 @@ def test_table_1_ranks_recursion_behind_theorem_1(monkeypatch, tmp_path):
 
 
 def test_table_2_measures_memory_and_fits_exponents():
-    sweeps = {"n": tuple(table2.Size(length=2, width=width, depth=1) for width in (16, 64))}
-    measured = table2.run_table2(silent, sweeps, rounds=1)
+    sizes = tuple(table2.Size(length=2, width=width, depth=1) for width in (16, 64))
+    sweep = table2.Sweep("n", sizes, tuple(table2.METHODS))
+    measured = table2.run_table2(silent, [sweep], rounds=1)
     peaks = {(r["method"], r["n"]): r["bytes"] for r in measured.report.raw}
-    small, large = (size.n for size in sweeps["n"])
+    small, large = (size.n for size in sizes)
     assert (small, large) == (148, 580)
     # Theorem 1 holds at least Quu, n² numbers of 8 bytes; Proposition 2 at least p.
     assert peaks["Theorem 1", large] > 8 * large**2
@@ -47,6 +48,13 @@ def test_table_2_measures_memory_and_fits_exponents():
     assert float(memory["Theorem 1"][3]) > 1.5
     assert float(memory["first-order adjoint"][3]) < 1.2
     assert memory["SNOpt"][2] == "–"
+
+
+def test_snopts_memory_does_not_grow_with_the_depth_once_rows_are_gathered():
+    sizes = [table2.Size(4096, depth=depth) for depth in (8, 16, 24)]
+    few, more, most = (table2.measure(size, 0, ("SNOpt",))[0]["bytes"] for size in sizes)
+    assert few < more < 2 * 8 * 2**20 * 2  # four factors of 2^20 entries of 8 bytes, at the most
+    assert most <= 1.02 * more
 
 
 def test_peak_bytes_counts_what_lives_at_one_time():
@@ -80,5 +88,5 @@ def test_distances_are_zero_where_the_factorization_is_exact_and_not_elsewhere()
     assert row["empirical"] > 1e-2
     network = nn.Sequential(exact, node, Last())
     rows = factors.distances(network, lambda: MSELoss()(network(x), y))
-    assert [row["layer"].split(".")[0] for row in rows] == ["0", "1"]
+    assert [row["layer"] for row in rows] == ["0", "field 0"]
     assert all(1e-3 < row["ggn"] < 1.0 for row in rows)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchdyn_snopt.curvature.factors import CurvatureSpec, Use
-from torchdyn_snopt.curvature.layers import gradient_rows, input_rows
+from torchdyn_snopt.curvature.layers import gradient_rows, patch_rows
 from torchdyn_snopt.curvature.recording import FreeParameters
 from torchdyn_snopt.curvature.registry import Collector
 from torchdyn_snopt.errors import CurvatureError
@@ -250,7 +250,7 @@ def layer_columns(module: LayerModule, z: Tensor, g: Tensor) -> tuple[Tensor, Te
         if z.shape[1] == 1:
             return g.mT * z, g[:, :, 0]
         return torch.einsum("rbso,bsi->rboi", g, z), g.sum(2)
-    rows = input_rows(module, z, batch, "expand").values
+    rows = patch_rows(module, z, batch).values
     columns = gradient_rows(module, g.flatten(0, 1), rank * batch, "expand").values
     if module.groups == 1:
         rows, columns = rows.unsqueeze(0), columns.unsqueeze(0)

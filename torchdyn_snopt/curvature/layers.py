@@ -140,16 +140,35 @@ def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharin
         z = z.unsqueeze(0)
     if sharing == "expand" and module.stride[0] == 1 and module.kernel_size[0] > 1:
         return _strips(module, z, batch)
-    gather = _mean_patches if sharing == "reduce" else _patches
-    values, samples, positions = gather(module, z)  # [rows, kernel, in]
-    if module.groups == 1:
-        values = values.flatten(1)
-    else:
-        values = values.unflatten(-1, (module.groups, -1)).permute(2, 0, 1, 3).flatten(2)
-    rows = Rows(values, *_assign(samples, positions, batch))
-    if sharing == "reduce" and rows.samples < samples:
+    if sharing == "expand":
+        return patch_rows(module, z, batch)
+    values, samples, positions = _mean_patches(module, z)  # [N, kernel, in]
+    rows = Rows(_apart_by_group(module, values), *_assign(samples, positions, batch))
+    if rows.samples < samples:
         rows.values = _by_sample(rows).mean(-2)
     return rows
+
+
+def patch_rows(module: Conv, z: Tensor, batch: int) -> Rows:
+    """Rows of a convolution under 'expand' that are whole patches, never strips.
+
+    Args:
+        module: the layer.
+        z: its input ``[N, in, *space]``.
+        batch: samples in the batch of the whole model.
+
+    Returns:
+        ``[N·S, kernel·in]``, or ``[G, N·S, kernel·in/G]`` for a grouped convolution.
+    """
+    values, samples, positions = _patches(module, z)  # [N·S, kernel, in]
+    return Rows(_apart_by_group(module, values), *_assign(samples, positions, batch))
+
+
+def _apart_by_group(module: Conv, patches: Tensor) -> Tensor:
+    """``[rows, kernel, in]`` to ``[rows, kernel·in]``, or ``[G, rows, kernel·in/G]``."""
+    if module.groups == 1:
+        return patches.flatten(1)
+    return patches.unflatten(-1, (module.groups, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
 def in_weight_order(module: LayerModule, factor: Tensor) -> Tensor:

@@ -1,19 +1,23 @@
-"""`bench low-rank`: time to a target with the low-rank step and with tuned peers.
+"""`bench low-rank`: time to a target with the low-rank step and with its peers.
 
 All contenders of one task and seed start from the same weights and take turns on one process, a
 fraction of a second each, until each has reached the target or spent its budget: a machine that is
 slow for a while is slow for all. What counts is the process's CPU time on one thread, training
-steps alone; the target is looked at between them. The
-settings of all are those of a small search on seed 0.
+steps alone; the target is looked at between them.
+
+Every contender's settings come from a grid of four, two values of its own setting times two batch
+sizes, tried on seeds 100, 101, … that the race does not use (`tune`). Those in `RACES` were found
+by ``torchdyn-snopt bench low-rank --tune 1``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,27 +32,35 @@ from torchdyn_snopt.experiments.reproduce.measured import Measured
 from torchdyn_snopt.experiments.tasks import TASKS
 from torchdyn_snopt.experiments.tasks.base import Samples
 
-SEEDS = 5
+TUNING_SEED = 100  # the first of those that settings are found on
 # Training between looks at the target: seconds, and a share of those spent already.
 LOOK_EVERY, LOOK_SHARE = 0.05, 0.05
 HEAD = ["task", "optimizer", "settings", "seconds to target", "steps", "reached", "ratio"]
+TRIALS_HEAD = ["task", "optimizer", "settings", "seconds to target", ""]
 NOTE = (
     "Seconds of CPU time on one thread until the target, median [range] over seeds; ratio: the "
     "median over that of the low-rank step. Targets: spiral, MSE 1e-4 on the windows of another "
     "trajectory; moons, training loss 0.05 over all points. All with the checkpoint adjoint at "
-    "rtol = atol = 1e-3, float32. A budget that is spent counts as infinite."
+    "rtol = atol = 1e-3, float32. A budget that is spent counts as infinite. Settings: the best of "
+    "four for each contender, found on seeds from 100 on."
+)
+TRIALS_NOTE = (
+    " Trials: seconds summed over the seeds; '>': given up, having spent more than the best so far "
+    "or the budget."
 )
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer with its tuned settings.
+    """An optimizer with its settings and the grid that they were chosen from.
 
     Attributes:
         name: In the table.
         build: From a model to the optimizer.
-        settings: What was tuned, besides the batch.
+        settings: What was chosen, besides the batch.
         batch_size: Samples a step; all of them when None.
+        values: The grid's values of the one setting.
+        batch_sizes: The grid's batch sizes.
         closure: Whether a step is given the closure.
     """
 
@@ -56,7 +68,27 @@ class Peer:
     build: Callable[..., torch.optim.Optimizer]
     settings: Mapping[str, Any]
     batch_size: int | None
+    values: tuple[float, ...] = ()
+    batch_sizes: tuple[int | None, ...] = ()
     closure: bool = False
+
+    def grid(self) -> list[Peer]:
+        """Every setting of the grid.
+
+        Returns:
+            Copies of this contender.
+        """
+        (name,) = self.settings
+        return [
+            replace(self, settings={name: value}, batch_size=size)
+            for value, size in itertools.product(self.values, self.batch_sizes)
+        ]
+
+    @property
+    def described(self) -> str:
+        """Settings and batch, for a table."""
+        settings = {**self.settings, "batch": self.batch_size or "all"}
+        return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 @dataclass(frozen=True)
@@ -110,13 +142,13 @@ RACES: tuple[Race, ...] = (
         TASKS["spiral"].loss,
         1e-4,
         on_test=True,
-        budget=6.0,
+        budget=4.0,
         peers=(
-            Peer("SNOpt low_rank", _low_rank, {"damping": 1e-4}, 20, closure=True),
-            Peer("Adam", _ADAM, {"lr": 3e-2}, 20),
-            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 20),
-            Peer("L-BFGS", _LBFGS, {"max_iter": 8}, 50, closure=True),
-            Peer("SOAP", _soap, {"lr": 3e-2}, 20),
+            Peer("SNOpt low_rank", _low_rank, {"damping": 1e-4}, 20, (1e-4, 1e-3), (20, 50), True),
+            Peer("Adam", _ADAM, {"lr": 3e-2}, 20, (3e-2, 1e-2), (20, 50)),
+            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 20, (1e-2, 3e-3), (20, 50)),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 8}, 50, (8, 16), (50, 200), True),
+            Peer("SOAP", _soap, {"lr": 3e-2}, 20, (3e-2, 1e-2), (20, 50)),
         ),
     ),
     Race(
@@ -124,13 +156,15 @@ RACES: tuple[Race, ...] = (
         CrossEntropyLoss(),
         0.05,
         on_test=False,
-        budget=10.0,
+        budget=6.0,
         peers=(
-            Peer("SNOpt low_rank", _low_rank, {"damping": 1e-2}, 128, closure=True),
-            Peer("Adam", _ADAM, {"lr": 3e-2}, 128),
-            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 128),
-            Peer("L-BFGS", _LBFGS, {"max_iter": 10}, None, closure=True),
-            Peer("SOAP", _soap, {"lr": 3e-2}, 128),
+            Peer(
+                "SNOpt low_rank", _low_rank, {"damping": 1e-2}, 128, (1e-2, 1e-3), (128, 512), True
+            ),
+            Peer("Adam", _ADAM, {"lr": 3e-2}, 128, (3e-2, 1e-1), (128, 512)),
+            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 128, (1e-2, 3e-2), (128, 512)),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 10}, None, (10, 20), (None, 512), True),
+            Peer("SOAP", _soap, {"lr": 3e-2}, 128, (3e-2, 1e-1), (128, 512)),
         ),
     ),
 )
@@ -200,35 +234,116 @@ class Run:
         self.steps += 1
 
 
-def race(seeds: int, tell: Callable[[str], None], races: Sequence[Race] = RACES) -> Measured:
+def race(
+    seeds: int, tell: Callable[[str], None], races: Sequence[Race] = RACES, tuning_seeds: int = 0
+) -> Measured:
     """Race the low-rank step against its peers, on the CPU.
 
     Args:
         seeds: How many.
         tell: Told about the progress.
         races: Which tasks.
+        tuning_seeds: On how many other seeds to choose the settings first; with 0 the races' own
+            are taken.
 
     Returns:
-        Table and curves.
+        Tables and curves.
     """
     raw: list[dict[str, Any]] = []
+    trials: list[dict[str, Any]] = []
+    if tuning_seeds:
+        tuned = [tune(entry, tuning_seeds, tell) for entry in races]
+        races = [entry for entry, _ in tuned]
+        trials = [trial for _, own in tuned for trial in own]
     for entry in races:
         for seed in range(seeds):
             raw += [_describe(run) for run in _run(entry, seed, tell)]
     body = [row for entry in races for row in _rows(entry, raw)]
-    table = BenchTable("Time to target", HEAD, body)
+    tables, note = [BenchTable("Time to target", HEAD, body)], NOTE
+    if trials:
+        tables.append(BenchTable("Trials", TRIALS_HEAD, _trial_rows(trials)))
+        note += TRIALS_NOTE
     environment = describe_environment(torch.device("cpu"))
-    report = BenchReport("low-rank", [table], NOTE, environment, raw)
+    report = BenchReport("low-rank", tables, note, environment, raw + trials)
     return Measured(report, _draw(raw, races))
+
+
+def tune(race: Race, seeds: int, tell: Callable[[str], None]) -> tuple[Race, list[dict[str, Any]]]:
+    """Choose every contender's settings: least total time over seeds from 100 on.
+
+    A trial is given up once it has spent more than the best one of its contender; that cannot
+    change the choice.
+
+    Args:
+        race: With a grid of the same size for each contender.
+        seeds: How many.
+        tell: Told about the progress.
+
+    Returns:
+        The race with the settings chosen, and a dictionary for each trial.
+    """
+    chosen, trials = [], []
+    for peer in race.peers:
+        best, best_total = peer, math.inf
+        own = []
+        for candidate in peer.grid():
+            total, reached = _trial(race, candidate, seeds, best_total)
+            outcome = f"{'' if reached else '> '}{total:.2f} s"
+            tell(f"{race.task}, trial of {candidate.name}, {candidate.described}: {outcome}")
+            own.append((candidate, total, reached))
+            if reached and total < best_total:
+                best, best_total = candidate, total
+        chosen.append(best)
+        trials += [
+            {
+                "task": race.task,
+                "optimizer": peer.name,
+                "trial": candidate.described,
+                "seconds": total,
+                "reached": reached,
+                "chosen": candidate is best,
+            }
+            for candidate, total, reached in own
+        ]
+    return replace(race, peers=tuple(chosen)), trials
+
+
+def _trial(race: Race, peer: Peer, seeds: int, limit: float) -> tuple[float, bool]:
+    """Seconds over all seeds, and whether every one reached the target within the limit."""
+    total = 0.0
+    for seed in range(TUNING_SEED, TUNING_SEED + seeds):
+        run = Run(race, peer, seed)
+        while not run.finished and total + run.seconds <= limit:
+            run.turn()
+        total += run.seconds
+        if run.reached is None:
+            return total, False
+    return total, True
+
+
+def _trial_rows(trials: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            trial["task"],
+            trial["optimizer"],
+            trial["trial"],
+            f"{'' if trial['reached'] else '> '}{trial['seconds']:.2f}",
+            "chosen" if trial["chosen"] else "",
+        ]
+        for trial in trials
+    ]
 
 
 def _run(race: Race, seed: int, tell: Callable[[str], None]) -> list[Run]:
     runs = [Run(race, peer, seed) for peer in race.peers]
     racing = list(runs)
+    tell(f"{race.task}, seed {seed}: {len(racing)} contenders")
     while racing:
-        tell(f"{race.task}, seed {seed}: " + ", ".join(run.peer.name for run in racing))
         for run in racing:
             run.turn()
+            if run.finished:
+                outcome = "gave up" if run.reached is None else "reached the target"
+                tell(f"{race.task}, seed {seed}: {run.peer.name} {outcome}, {run.seconds:.2f} s")
         racing = [run for run in racing if not run.finished]
         racing = racing[1:] + racing[:1]
     return runs
@@ -264,12 +379,11 @@ def _rows(race: Race, raw: list[dict[str, Any]]) -> list[list[str]]:
         times = [math.inf if r["seconds"] is None else r["seconds"] for r in runs]
         median = statistics.median(times)
         first = median if number == 0 else first
-        settings = {**peer.settings, "batch": peer.batch_size or "all"}
         rows.append(
             [
                 race.task,
                 peer.name,
-                ", ".join(f"{key} {value}" for key, value in settings.items()),
+                peer.described,
                 f"{median:.2f} [{min(times):.2f}, {max(times):.2f}]",
                 f"{statistics.median(r['steps'] for r in runs):.0f}",
                 f"{sum(math.isfinite(t) for t in times)} of {len(times)}",

@@ -8,6 +8,8 @@ and checked by the tests of the curvature; here are models as they are trained.
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +33,14 @@ from torchdyn_snopt.experiments.tasks.base import Last, neural_ode
 Kind = Literal["empirical", "mc", "ggn"]
 KINDS: tuple[Kind, ...] = ("empirical", "mc", "ggn")
 BATCH, STEPS = 32, 10
-HEAD = ["model", "state", "layer", *KINDS]
+COLUMNS = (*KINDS, "ggn, reduce")
+HEAD = ["model", "state", "layer", *COLUMNS]
 NOTE = (
     f"Relative distance ‖A ⊗ B − G‖ / ‖G‖ (Frobenius) to the exact block G of the Gauss–Newton "
     f"matrix, one batch of {BATCH} samples, float64, solves at 1e-4; at the initial weights and "
     f"after {STEPS} steps of SNOpt. 'empirical' has another limit than G: outer products of "
-    "gradients. 'mc': one draw a sample."
+    "gradients. 'mc': one draw a sample. 'ggn, reduce': weight_sharing='reduce', which keeps what "
+    "the positions of a convolution have in common; the others take positions for independent."
 )
 
 
@@ -73,7 +77,9 @@ def _images() -> nn.Module:
     field = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1))
     encoder = nn.Conv2d(1, 4, 3, stride=2, padding=1)
     node = neural_ode(field, "snopt", 1e-4)
-    return nn.Sequential(encoder, node, Last(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+    head = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+    parts = {"encoder": encoder, "node": node, "last": Last(), "head": head}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def run_factors(tell: Callable[[str], None], models: tuple[Model, ...] = MODELS)
     """
     raw = [row for model in models for row in _measure(model, tell)]
     body = [
-        [r["model"], r["state"], r["layer"], *(f"{r[kind]:.3f}" for kind in KINDS)] for r in raw
+        [r["model"], r["state"], r["layer"], *(f"{r[kind]:.3f}" for kind in COLUMNS)] for r in raw
     ]
     table = BenchTable("Distance of A ⊗ B from the exact block", HEAD, body)
     report = BenchReport("factors", [table], NOTE, describe_environment(torch.device("cpu")), raw)
@@ -138,17 +144,24 @@ def distances(network: nn.Module, loss: Callable[[], Tensor]) -> list[dict[str, 
         For each layer a dictionary with its name and one distance for each kind of curvature.
     """
     exact = exact_blocks(network, loss)
-    rows: list[dict[str, Any]] = [{"layer": name} for name in exact]
-    for kind in KINDS:
+    rows: list[dict[str, Any]] = [{"layer": _short(name)} for name in exact]
+    for column in COLUMNS:
+        kind, _, sharing = column.partition(", ")
         network.zero_grad()
-        with record_curvature(network, curvature=kind) as curvature:
+        with record_curvature(
+            network, curvature=kind, weight_sharing=sharing or "expand"
+        ) as curvature:
             loss().backward()
-        for row in rows:
-            block = exact[row["layer"]]
-            approximate = _kronecker(curvature.factors[row["layer"]])
-            row[kind] = float((approximate - block).norm() / block.norm())
+        for row, (name, block) in zip(rows, exact.items(), strict=True):
+            approximate = _kronecker(curvature.factors[name])
+            row[column] = float((approximate - block).norm() / block.norm())
     network.zero_grad()
     return rows
+
+
+def _short(name: str) -> str:
+    """A layer's name, without torchdyn's wrappers around the field."""
+    return re.sub(r"^.*?vf\.vf\.vf\.", "field ", name).replace(".", " ")
 
 
 def exact_blocks(network: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -204,16 +217,21 @@ def _train(network: nn.Module, loss: Callable[[], Tensor]) -> None:
 def _draw(raw: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axis = figure.subplots()
-    styles = {"empirical": ("#0072B2", "//"), "mc": ("#E69F00", ".."), "ggn": ("#009E73", "")}
+    styles = {
+        "empirical": ("#0072B2", "//"),
+        "mc": ("#E69F00", ".."),
+        "ggn": ("#009E73", ""),
+        "ggn, reduce": ("#ffffff", "xx"),
+    }
     for shift, (kind, (color, hatch)) in enumerate(styles.items()):
-        places = [i + 0.27 * (shift - 1) for i in range(len(raw))]
+        places = [i + 0.21 * (shift - 1.5) for i in range(len(raw))]
         heights = [row[kind] for row in raw]
-        axis.bar(places, heights, 0.25, label=kind, color=color, hatch=hatch, edgecolor="black")
+        axis.bar(places, heights, 0.2, label=kind, color=color, hatch=hatch, edgecolor="black")
     labels = [f"{row['model']}\n{row['layer']}, {row['state']}" for row in raw]
     axis.set_xticks(range(len(raw)), labels, rotation=60, ha="right", fontsize="small")
     axis.set_ylabel("‖A ⊗ B − G‖ / ‖G‖")
     axis.set_yscale("log")
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=len(styles))
     return figure

@@ -1,10 +1,11 @@
 """Table 2: memory and time of the derivations' stages as m, n, R and the depth grow.
 
 The paper states complexities; here they are measured. The field is a small network applied at
-every position of a sequence, so that the state dimension m grows with the length alone and the
-number of parameters n with the width alone. Memory is the peak of the bytes that tensors hold at
-one time, as torch's own profiler counts every allocation; time is the CPU time of the
-process, the median of interleaved rounds.
+every position of a sequence, so that the state dimension m grows with the length alone, and the
+number of parameters n with the network's widths while the length shrinks. Theorem 1, whose
+matrices have (m + n)² entries, has sizes of its own where the others' would not fit. Memory is
+the peak of the bytes that tensors hold at one time, as torch's own profiler counts every
+allocation; time is the CPU time of the process, the median of interleaved rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from torchdyn_snopt.experiments.environment import describe_environment
 from torchdyn_snopt.experiments.figures import STYLES, Style
 from torchdyn_snopt.experiments.reproduce.measured import Measured
 
-CHANNELS = 4
 ROUNDS = 3
 FITTED = 3  # the largest sizes, where the leading term shows
 
@@ -38,13 +38,15 @@ class Size:
     """One problem.
 
     Attributes:
-        length: Positions; m is four times as many.
-        width: Of the hidden layer; n = 9 · width + 4.
+        length: Positions.
+        channels: At each of them; m = length · channels.
+        width: Of the hidden layer; n = (2 · channels + 1) · width + channels.
         rank: R, for Proposition 2.
         depth: Steps of rk4.
     """
 
     length: int = 16
+    channels: int = 4
     width: int = 8
     rank: int = 1
     depth: int = 4
@@ -52,20 +54,48 @@ class Size:
     @property
     def m(self) -> int:
         """Entries of the state."""
-        return CHANNELS * self.length
+        return self.channels * self.length
 
     @property
     def n(self) -> int:
         """Parameters."""
-        return (2 * CHANNELS + 1) * self.width + CHANNELS
+        return (2 * self.channels + 1) * self.width + self.channels
 
 
-SWEEPS: dict[str, tuple[Size, ...]] = {
-    "m": tuple(Size(length=length) for length in (16, 32, 64, 128)),
-    "n": tuple(Size(length=2, width=width) for width in (16, 32, 64, 128)),
-    "R": tuple(Size(length=64, width=32, rank=rank) for rank in (4, 16, 64, 256)),
-    "depth": tuple(Size(depth=depth) for depth in (2, 4, 8, 16)),
-}
+def _square(channels: int, m: int) -> Size:
+    """As wide as the state at a position, and m fixed."""
+    return Size(m // channels, channels, channels, depth=1)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Sizes that grow in one quantity, and who is measured on them.
+
+    Attributes:
+        grows: 'm', 'n', 'R' or 'depth'.
+        sizes: In growing order.
+        methods: Names in `METHODS`.
+    """
+
+    grows: str
+    sizes: tuple[Size, ...]
+    methods: tuple[str, ...]
+
+
+THEOREM_1 = ("Theorem 1",)
+OTHERS = ("Proposition 2", "SNOpt", "first-order adjoint")
+QUANTITIES = ("m", "n", "R", "depth")
+# The last sweep's state is large enough that 2^20 entries wait after 32 steps at the latest.
+SWEEPS = (
+    Sweep("m", tuple(Size(length) for length in (16, 32, 64, 128)), THEOREM_1 + OTHERS),
+    Sweep("n", tuple(_square(channels, 48) for channels in (4, 8, 16, 24)), THEOREM_1),
+    Sweep("n", tuple(_square(channels, 256) for channels in (32, 64, 128, 256)), OTHERS),
+    Sweep(
+        "R", tuple(Size(64, width=32, rank=rank) for rank in (4, 16, 64, 256)), ("Proposition 2",)
+    ),
+    Sweep("depth", tuple(Size(depth=depth) for depth in (8, 16, 32, 64)), THEOREM_1),
+    Sweep("depth", tuple(Size(2048, depth=depth) for depth in (16, 32, 64, 128)), OTHERS),
+)
 PAPER = {
     "Theorem 1": "(m+n)²",
     "Proposition 2": "R(m+n)",
@@ -77,8 +107,8 @@ NOTE = (
     "largest sizes; '–' where a method has no such quantity. Memory: peak bytes held by tensors "
     "(torch.profiler), activations of one field evaluation and the field's Jacobians included; "
     "SNOpt: the backward pass that collects A and B. Small rows wait there until 2^20 entries make "
-    "one product, so its memory grows with the depth up to 8 MB a factor and no further; its "
-    "factor B is [width, width], n²/81. m = 4·length, n = 9·width + 4."
+    "one product: its memory grows with the depth up to 8 MB a factor, and no further, which the "
+    "sweep over the depth starts from."
 )
 HEAD = ["method", "paper", "m", "n", "R", "depth"]
 
@@ -86,10 +116,10 @@ HEAD = ["method", "paper", "m", "n", "R", "depth"]
 class _Positionwise(nn.Module):
     """The same network at each position of [N, length, channels]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(CHANNELS, width), nn.Tanh(), nn.Linear(width, CHANNELS)
+            nn.Linear(channels, width), nn.Tanh(), nn.Linear(width, channels)
         ).double()
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
@@ -153,24 +183,25 @@ def _loss(x: Tensor) -> Tensor:
 
 def run_table2(
     tell: Callable[[str], None],
-    sweeps: dict[str, tuple[Size, ...]] | None = None,
+    sweeps: Sequence[Sweep] = SWEEPS,
     rounds: int = ROUNDS,
 ) -> Measured:
     """Measure every method along every sweep.
 
     Args:
         tell: Told about the progress.
-        sweeps: Sizes by what grows in them; the table's own when None.
+        sweeps: Sizes by what grows in them.
         rounds: Timed repetitions, methods taking turns.
 
     Returns:
         Two tables of exponents, and the curves.
     """
     raw: list[dict[str, Any]] = []
-    for grows, sizes in (sweeps or SWEEPS).items():
-        for size in sizes:
-            tell(f"{grows}: m={size.m}, n={size.n}, R={size.rank}, depth {size.depth}")
-            raw += [{"sweep": grows, **row} for row in measure(size, rounds)]
+    for sweep in sweeps:
+        for size in sweep.sizes:
+            tell(f"{sweep.grows}: m={size.m}, n={size.n}, R={size.rank}, depth {size.depth}")
+            rows = measure(size, rounds, sweep.methods)
+            raw += [{"sweep": sweep.grows, **row} for row in rows]
     tables = [
         BenchTable(f"Exponents of {name}", HEAD, _exponents(raw, key))
         for name, key in (("memory", "bytes"), ("time", "seconds"))
@@ -180,21 +211,22 @@ def run_table2(
     return Measured(report, _draw(raw))
 
 
-def measure(size: Size, rounds: int) -> list[dict[str, Any]]:
-    """Memory and time of every method on one problem.
+def measure(size: Size, rounds: int, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Memory and time of some methods on one problem.
 
     Args:
         size: The problem.
         rounds: Timed repetitions.
+        methods: Their names.
 
     Returns:
         One dictionary for each method.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        field = _Positionwise(size.width)
-        x0 = torch.randn(1, size.length, CHANNELS, dtype=torch.float64)
-        works = {name: build(field, x0, size) for name, build in METHODS.items()}
+        field = _Positionwise(size.channels, size.width)
+        x0 = torch.randn(1, size.length, size.channels, dtype=torch.float64)
+        works = {name: METHODS[name](field, x0, size) for name in methods}
     for work in works.values():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -209,7 +241,7 @@ def measure(size: Size, rounds: int) -> list[dict[str, Any]]:
             "method": name,
             **sizes,
             "bytes": peak_bytes(work),
-            "seconds": statistics.median(seconds[name]),
+            "seconds": statistics.median(seconds[name] or [math.nan]),
             "rounds": seconds[name],
         }
         for name, work in works.items()
@@ -243,10 +275,9 @@ def _exponents(raw: list[dict[str, Any]], key: str) -> list[list[str]]:
     rows = []
     for method in METHODS:
         cells = [method, PAPER[method]]
-        for sweep in SWEEPS:
-            points = [r for r in raw if r["sweep"] == sweep and r["method"] == method]
-            alone = sweep == "R" and method != "Proposition 2"
-            cells.append("–" if alone or len(points) < 2 else f"{_slope(points, sweep, key):.2f}")
+        for grows in QUANTITIES:
+            points = [r for r in raw if r["sweep"] == grows and r["method"] == method]
+            cells.append("–" if len(points) < 2 else f"{_slope(points, grows, key):.2f}")
         rows.append(cells)
     return rows
 
@@ -259,12 +290,12 @@ def _slope(points: Sequence[dict[str, Any]], sweep: str, key: str) -> float:
 
 def _draw(raw: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(11.0, 5.4), layout="constrained")
-    panels = figure.subplots(2, len(SWEEPS), sharey="row", sharex="col")
+    panels = figure.subplots(2, len(QUANTITIES), sharey="row", sharex="col")
     kinds = (("bytes", 1e-6, "peak memory [MB]"), ("seconds", 1e3, "CPU time [ms]"))
     titles = {"m": "state m", "n": "parameters n", "R": "rank R", "depth": "depth (steps)"}
     for row, (key, scale, label) in zip(panels, kinds, strict=True):
         row[0].set_ylabel(label)
-        for axis, sweep in zip(row, SWEEPS, strict=True):
+        for axis, sweep in zip(row, QUANTITIES, strict=True):
             for method, style in _STYLES.items():
                 points = [r for r in raw if r["sweep"] == sweep and r["method"] == method]
                 if not points:
@@ -278,11 +309,11 @@ def _draw(raw: list[dict[str, Any]]) -> Figure:
                     label=method,
                 )
             sizes = sorted({p[sweep] for p in raw if p["sweep"] == sweep})
-            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_xticks(sizes, [str(size) for size in sizes], rotation=60, fontsize="small")
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             if key == "seconds":
                 axis.set_xlabel(titles[sweep])
-    lines, labels = panels[0][1].get_legend_handles_labels()
+    lines, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside upper center", ncols=len(METHODS))
     return figure
