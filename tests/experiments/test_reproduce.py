@@ -93,7 +93,7 @@ def test_the_spread_is_of_the_last_quarter():
                 "gradient from t1=0.05, c=3",
             ],
         ),
-        ("table5", ["t1=1", "gradient from t1=1, c=3", "policy from t1=1, c=2"]),
+        ("table5", ["t1=1", "gradient from t1=1, c=3", "policy from t1=1, c=3"]),
     ],
 )
 def test_a_reproduction_leaves_a_table_and_a_picture(tmp_path, name, rows):
