@@ -292,6 +292,13 @@ def data(
 
 # --- bench ----------------------------------------------------------------------------------------
 
+CpuSecondsOption = Annotated[
+    bool,
+    typer.Option(
+        "--cpu-seconds",
+        help="Count seconds of this process on the CPU, where others share the machine.",
+    ),
+]
 DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -388,13 +395,7 @@ def bench_optimizers(
         "runs/bench-optimizers"
     ),
     json: JsonOption = None,
-    cpu_seconds: Annotated[
-        bool,
-        typer.Option(
-            "--cpu-seconds",
-            help="Count seconds of this process on the CPU, where others share the machine.",
-        ),
-    ] = False,
+    cpu_seconds: CpuSecondsOption = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what the output folder holds.")
@@ -478,10 +479,12 @@ def reproduce(
         str,
         typer.Argument(
             help="fig5: training with fixed t1. fig10: a learned t1 over training, by SNOpt's "
-            "policy and by the gradient. table5: time and accuracy with a learned t1. table1: "
-            "errors of derivatives by solver. table2: memory and time of the derivations' stages. "
-            "factors: distance of A ⊗ B from exact blocks. The last three train nothing and take "
-            "--out alone."
+            "policy and by the gradient. table5: time and accuracy with a learned t1. table4: test "
+            "performance. fig7: training curves. table6: NFE and regularization. fig8: time and "
+            "memory of an iteration. fig9: sensitivity to the learning rate. fig11: the recursive "
+            "adjoint. table1: errors of derivatives by solver. table2: memory and time of the "
+            "derivations' stages. factors: distance of A ⊗ B from exact blocks. The last three "
+            "train nothing and take --out alone."
         ),
     ],
     task: Annotated[str, typer.Option(help="The task to reproduce it on.")] = "digits",
@@ -507,20 +510,18 @@ def reproduce(
         bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
     ] = False,
     device: DeviceOption = "cpu",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with data sets, for tasks that need one.",
-            envvar="TORCHDYN_SNOPT_DATA",
-            exists=True,
-            file_okay=False,
-        ),
-    ] = None,
+    cpu_seconds: CpuSecondsOption = False,
+    data_dir: DataOption = None,
 ) -> None:
     """Run a figure or a table of the paper on a task; leaves logs, a table and pictures."""
     from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.progress import observer_for
-    from torchdyn_snopt.experiments.reproduce import MEASUREMENTS, Request, get_reproduction
+    from torchdyn_snopt.experiments.reproduce import (
+        MEASUREMENTS,
+        Request,
+        Timing,
+        get_reproduction,
+    )
     from torchdyn_snopt.experiments.tasks import get_task
 
     if name in MEASUREMENTS:
@@ -539,9 +540,14 @@ def reproduce(
             data_dir=data_dir,
             resume=resume,
             overwrite=overwrite,
+            clock="cpu" if cpu_seconds else "wall",
         )
-        with observer_for(study.suite(request), console) as observer:
-            outcome = study.run(request, [observer])
+        if isinstance(study, Timing):
+            with console.status(name) as status:
+                outcome = study.run(request, _teller(status))
+        else:
+            with observer_for(study.suite(request), console) as observer:
+                outcome = study.run(request, [observer])
     except SNOptError as error:
         _fail(error)
     except OSError as error:

@@ -48,6 +48,12 @@ class OptimizerRow:
     needs_closure: bool = False
     lr_range: tuple[float, float] = (1e-3, 1e-1)
 
+    @property
+    def default_lr(self) -> float:
+        """The learning rate without any setting."""
+        probe = self.build(nn.Linear(1, 1), **self.settings)
+        return float(probe.param_groups[0]["lr"])
+
 
 def _on_parameters(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     def build(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:

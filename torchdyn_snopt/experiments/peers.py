@@ -74,7 +74,9 @@ def shampoo(
     Returns:
         The optimizer.
     """
-    made: Optimizer = _library().ScalableShampoo(
+    library = _library()
+    torch.serialization.add_safe_globals(_shampoo_state())
+    made: Optimizer = library.ScalableShampoo(
         model.parameters(),
         lr=lr,
         betas=betas,
@@ -84,6 +86,15 @@ def shampoo(
         graft_type=GRAFT_RMSPROP,
     )
     return made
+
+
+def _shampoo_state() -> list[type]:
+    """The classes in Shampoo's state: plain holders of tensors, which checkpoints may contain."""
+    from pytorch_optimizer.optimizer.utils.graft import RMSPropGraft
+    from pytorch_optimizer.optimizer.utils.partition import BlockPartitioner, PreConditionerType
+    from pytorch_optimizer.optimizer.utils.preconditioner import PreConditioner
+
+    return [BlockPartitioner, PreConditioner, PreConditionerType, RMSPropGraft]
 
 
 def _library() -> ModuleType:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchdiffeq
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
 
 from torchdyn_snopt.experiments.bench.memory import ALLOCATOR, MeasurementError
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
@@ -17,6 +20,7 @@ from torchdyn_snopt.experiments.tasks import Samples, Task
 
 WORKER = "torchdyn_snopt.experiments.bench.steps_worker"
 ITERATIONS = 3
+TORCHDIFFEQ = "torchdiffeq"
 
 
 class Iterations:
@@ -36,7 +40,7 @@ class Iterations:
         """
         torch.manual_seed(seed)
         self.task, self._train = task, train.to(device)
-        self.model = task.build_model(spec.sensitivity, task.tolerance).to(device)
+        self.model = model_for(task, spec.sensitivity).to(device)
         self.needs_closure = spec.row.needs_closure
         self.optimizer = spec.build(self.model, task)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -67,6 +71,63 @@ class Iterations:
         else:
             differentiate()
             self.optimizer.step()
+
+
+def model_for(task: Task, sensitivity: str) -> nn.Module:
+    """A task's model by any sensitivity, or with its solves by torchdiffeq.
+
+    Args:
+        task: The task.
+        sensitivity: As torchdyn's, or 'torchdiffeq' for its ``odeint_adjoint`` with the seminorm.
+
+    Returns:
+        A new model.
+    """
+    if sensitivity != TORCHDIFFEQ:
+        return task.build_model(sensitivity, task.tolerance)
+    model = task.build_model("adjoint", task.tolerance)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NeuralODE):
+                setattr(module, name, TorchdiffeqODE(child))
+    return model
+
+
+class TorchdiffeqODE(nn.Module):
+    """A NeuralODE's field, times and tolerances, solved by torchdiffeq."""
+
+    def __init__(self, node: NeuralODE) -> None:
+        """Take over a model.
+
+        Args:
+            node: The model.
+        """
+        super().__init__()
+        self.node = node
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Solve.
+
+        Args:
+            x: The initial state.
+
+        Returns:
+            The states at the times.
+        """
+        node = self.node
+        x, t_span = node._prep_integration(x, None)
+        states: Tensor = torchdiffeq.odeint_adjoint(
+            node.vf,
+            x,
+            t_span.to(x),
+            rtol=node.rtol,
+            atol=node.atol,
+            method="dopri5",
+            adjoint_rtol=node.rtol_adjoint,
+            adjoint_atol=node.atol_adjoint,
+            adjoint_options={"norm": "seminorm"},
+        )
+        return states
 
 
 def peak_bytes(
