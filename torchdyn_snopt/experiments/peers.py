@@ -88,7 +88,7 @@ def shampoo(
     return made
 
 
-def _shampoo_state() -> list[type]:
+def _shampoo_state() -> list[Any]:
     """The classes in Shampoo's state: plain holders of tensors, which checkpoints may contain."""
     from pytorch_optimizer.optimizer.utils.graft import RMSPropGraft
     from pytorch_optimizer.optimizer.utils.partition import BlockPartitioner, PreConditionerType

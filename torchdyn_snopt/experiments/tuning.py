@@ -72,6 +72,8 @@ class Tuning:
         if path.exists():
             return float(json.loads(path.read_text(encoding="utf-8"))["lr"])
         low, high = spec.row.lr_range
+        # Its progress is told below; a message of Optuna's own for each trial would repeat it.
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=SAMPLER_SEED))
         for lr in grid(low, high, min(GRID, self.trials)):
             study.enqueue_trial({"lr": lr})
@@ -83,13 +85,7 @@ class Tuning:
             best = min((value for value in done if value is not None), default=math.inf)
             return self._worth(_with_lr(spec, lr), min(self.seconds, best))
 
-        # Trials of one study differ by their enqueued values, so that nothing is to be logged.
-        verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            study.optimize(objective, n_trials=self.trials)
-        finally:
-            optuna.logging.set_verbosity(verbosity)
+        study.optimize(objective, n_trials=self.trials)
         lr = round_to(study.best_params["lr"])
         tried = [{"lr": round_to(t.params["lr"]), "value": t.value} for t in study.trials]
         path.parent.mkdir(parents=True, exist_ok=True)
