@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torchdyn.models import CNF, hutch_trace
 
 from tests.experiments import made_up_data
 from torchdyn_snopt import SNOpt
@@ -127,6 +128,41 @@ def test_the_likelihood_of_a_linear_flow_is_that_of_its_gaussian():
         torch.zeros(2, dtype=torch.float64), root @ root.mT
     )
     assert sum(losses) / 40 == pytest.approx(-gaussian.log_prob(x).mean().item(), abs=0.02)
+
+
+@pytest.mark.parametrize("activation", list(flows.ACTIVATIONS))
+def test_a_flow_is_torchdyns_with_hutchinsons_estimator(activation):
+    """Rates and all gradients, the tangent carried forward against second derivatives."""
+    torch.manual_seed(0)
+    ours = flows._field((3, 5, 5, 3), activation).double()
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = ours.net
+
+        def forward(self, x):
+            for module in self.net:
+                if isinstance(module, flows.ConcatSquash):
+                    gate = module.gate(module.t).sigmoid()
+                    x = module.layer(x) * gate + module.shift(module.t)
+                else:
+                    x = activation()(x)
+            return x
+
+    for module in ours.net:
+        module.t = torch.full((1, 1), 0.7, dtype=torch.float64)
+    theirs = CNF(Plain(), trace_estimator=hutch_trace, noise_dist=flows.Signs(3))
+    theirs.noise = ours.noise = flows.Signs(3).double().sample((6,))
+    state, weights = torch.randn(2, 6, 4, dtype=torch.float64)
+    gradients = []
+    for field in (ours, theirs):
+        x = state.clone().requires_grad_()
+        rate = field(x)
+        parameters = list(ours.parameters())
+        gradients.append([rate, *torch.autograd.grad((rate * weights).sum(), [x, *parameters])])
+    for mine, reference in zip(*gradients, strict=True):
+        assert torch.allclose(mine, reference, atol=1e-12)
 
 
 def test_tolerances_and_horizon_of_a_flow_are_those_of_the_paper():

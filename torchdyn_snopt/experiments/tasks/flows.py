@@ -10,19 +10,26 @@ comes first, as in torchdyn's CNF. rtol is the task's tolerance and atol a hundr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchdyn.models import CNF, hutch_trace
 from torchdyn.nn import Augmenter
 
 from torchdyn_snopt.experiments.data import load_arrays
 from torchdyn_snopt.experiments.tasks.base import Last, Samples, Sensitivity, Splits, neural_ode
 
 ATOL_SHARE = 1e-2
+
+Activation = Callable[..., Tensor]
+
+# Each activation with its derivative, from the argument and the value.
+ACTIVATIONS: dict[type[nn.Module], tuple[Activation, Activation]] = {
+    nn.Tanh: (torch.tanh, lambda x, y: 1.0 - y * y),
+    nn.Softplus: (nn.functional.softplus, lambda x, y: x.sigmoid()),
+}
 
 
 def load(name: str, data_dir: Path | None = None) -> Splits:
@@ -68,7 +75,7 @@ def negative_log_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class ConcatSquash(nn.Module):
-    """FFJORD's layer: (W x + b) · σ(gate(t)) + shift(t).
+    """FFJORD's layer: (W x + b) · σ(gate(t)) + shift(t), with the tangent of x carried along.
 
     torchdyn sets the attribute ``t`` before each evaluation of the field.
     """
@@ -86,18 +93,47 @@ class ConcatSquash(nn.Module):
         self.shift = nn.Linear(1, outputs, bias=False)
         self.t: Tensor | float = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, pair: Tensor) -> Tensor:
         """At the time that was set.
 
         Args:
-            x: ``[batch, inputs]``.
+            pair: x and its tangent, ``[batch, 2, inputs]``.
 
         Returns:
-            ``[batch, outputs]``.
+            The layer's value and its tangent, ``[batch, 2, outputs]``.
         """
-        t = torch.as_tensor(self.t, dtype=x.dtype, device=x.device).reshape(1, 1)
-        y: Tensor = self.layer(x) * self.gate(t).sigmoid() + self.shift(t)
-        return y
+        t = torch.as_tensor(self.t, dtype=pair.dtype, device=pair.device).reshape(1, 1)
+        gate, shift = self.gate(t).sigmoid(), self.shift(t)
+        # The layer adds its bias to the tangent as well, which has none.
+        offset = torch.cat([shift, -self.layer.bias * gate])
+        return torch.addcmul(offset, self.layer(pair), gate)
+
+
+class WithTangent(nn.Module):
+    """An activation, with the tangent of its argument carried along."""
+
+    def __init__(self, value: Activation, slope: Activation) -> None:
+        """Of any smooth activation.
+
+        Args:
+            value: From the argument to the value.
+            slope: From the argument and the value to the derivative.
+        """
+        super().__init__()
+        self._value, self._slope = value, slope
+
+    def forward(self, pair: Tensor) -> Tensor:
+        """Value and tangent.
+
+        Args:
+            pair: Argument and its tangent, ``[batch, 2, width]``.
+
+        Returns:
+            The same shape.
+        """
+        x, v = pair.unbind(1)
+        y = self._value(x)
+        return torch.stack([y, v * self._slope(x, y)], 1)
 
 
 class Signs(nn.Module):
@@ -126,6 +162,40 @@ class Signs(nn.Module):
         return bits.to(like.dtype).mul_(2).sub_(1)
 
 
+class Flow(nn.Module):
+    """The right-hand side of a continuous normalizing flow: (−v·J v, F) at (·, x).
+
+    What torchdyn's CNF with `hutch_trace` computes, from the same noise v. That differentiates
+    the field, so that every gradient of the trace is a second derivative; here the tangent J v goes
+    forward through the layers beside x, each weight acting on both. A layer then sees the tangent
+    as a further position of its input, which is what its curvature has to know of the trace.
+    """
+
+    def __init__(self, net: nn.Module, noise_dist: Signs) -> None:
+        """Around a network.
+
+        Args:
+            net: From pairs ``[batch, 2, features]`` to pairs.
+            noise_dist: Where the noise of each solve comes from.
+        """
+        super().__init__()
+        # The names by which torchdyn's NeuralODE knows a flow and hands it its noise.
+        self.net, self.noise_dist, self.noise = net, noise_dist, torch.empty(0)
+        self.trace_estimator = "tangent"
+
+    def forward(self, state: Tensor) -> Tensor:
+        """The rate of change.
+
+        Args:
+            state: ``[batch, 1 + features]``.
+
+        Returns:
+            The same shape.
+        """
+        rate, tangent = self.net(torch.stack([state[:, 1:], self.noise], 1)).unbind(1)
+        return torch.cat([-(self.noise * tangent).sum(1, keepdim=True), rate], 1)
+
+
 def flow(
     widths: Sequence[int],
     activation: type[nn.Module],
@@ -139,7 +209,7 @@ def flow(
 
     Args:
         widths: Of the field's layers, from the features on and back to them.
-        activation: Between the layers.
+        activation: Between the layers, one of `ACTIVATIONS`.
         sensitivity: How the gradients of the ODEs are computed.
         tolerance: rtol of every solve.
         steps: How many neural ODEs follow each other.
@@ -158,9 +228,8 @@ def flow(
     return nn.Sequential(*modules)
 
 
-def _field(widths: Sequence[int], activation: type[nn.Module]) -> CNF:
+def _field(widths: Sequence[int], activation: type[nn.Module]) -> Flow:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [ConcatSquash(inputs, outputs), activation()]
-    net = nn.Sequential(*layers[:-1])
-    return CNF(net, trace_estimator=hutch_trace, noise_dist=Signs(widths[0]))
+        layers += [ConcatSquash(inputs, outputs), WithTangent(*ACTIVATIONS[activation])]
+    return Flow(nn.Sequential(*layers[:-1]), Signs(widths[0]))
