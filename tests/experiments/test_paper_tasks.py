@@ -60,7 +60,7 @@ def test_a_task_trains_resumes_and_reports(name, tmp_path, monkeypatch):
     assert (uninterrupted.steps["nfe_backward"] > 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"spiral"}))
+@pytest.mark.parametrize("name", sorted(TASKS))
 def test_models_have_the_size_that_their_docstrings_tell(name):
     task = get_task(name)
     parameters = sum(p.numel() for p in task.build_model("snopt", 1e-3).parameters())

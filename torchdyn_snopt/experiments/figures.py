@@ -201,8 +201,8 @@ def _loss_over(column: str, xlabel: str) -> Callable[..., None]:
             fontsize="small",
             color="0.35",
         )
-        # Likelihoods of densities have any sign, and a logarithm of 2.5 nats says nothing.
-        if header["metric"] is not None:
+        # The negative log-likelihood of a density may have any sign.
+        if min(header["target_loss"], *(run.steps["loss"].min() for run in runs)) > 0:
             axes.set_yscale("log")
         axes.set_ylabel(f"training loss (mean of {header['window']} batches)")
         _finish(axes, xlabel)

@@ -375,7 +375,7 @@ def _draw_rates(runs: Runs, request: Request) -> Figure:
             )
         )
     axes.set_xscale("log")
-    if request.task.metric is not None:
+    if min((final_loss(run) for group in runs.values() for run in group), default=0.0) > 0:
         axes.set_yscale("log")
     axes.set_xlabel("learning rate, relative to the middle one")
     axes.set_ylabel("training loss at the end")
