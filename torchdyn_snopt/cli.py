@@ -59,7 +59,7 @@ def train(
     task: Annotated[
         str,
         typer.Argument(
-            help="What to train: digits, moons, japanese-vowels, circle, mnist, svhn, cifar10, "
+            help="What to train: digits, moons, japanese-vowels, spiral, circle, mnist, svhn, cifar10, "
             "spoken-arabic-digits, articulary-word, character-trajectories, gas or miniboone."
         ),
     ],
