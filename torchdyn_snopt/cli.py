@@ -59,8 +59,8 @@ def train(
     task: Annotated[
         str,
         typer.Argument(
-            help="What to train: digits, moons, japanese-vowels, spiral, circle, mnist, svhn, cifar10, "
-            "spoken-arabic-digits, articulary-word, character-trajectories, gas or miniboone."
+            help="What to train: digits, moons, japanese-vowels, spiral, circle, mnist, svhn, "
+            "cifar10, spoken-arabic-digits, articulary-word, character-trajectories, gas or miniboone."
         ),
     ],
     optimizer: Annotated[
