@@ -60,7 +60,8 @@ def train(
         str,
         typer.Argument(
             help="What to train: digits, moons, japanese-vowels, spiral, circle, mnist, svhn, "
-            "cifar10, spoken-arabic-digits, articulary-word, character-trajectories, gas or miniboone."
+            "cifar10, spoken-arabic-digits, articulary-word, character-trajectories, gas, "
+            "miniboone."
         ),
     ],
     optimizer: Annotated[
