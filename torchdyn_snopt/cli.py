@@ -445,7 +445,7 @@ def _teller(status: Status) -> Callable[[str], None]:
     """On a terminal the status line, elsewhere a line each time."""
     if console.is_terminal:
         return status.update
-    return lambda text: console.print(text, soft_wrap=True)
+    return _say
 
 
 def _bench(kind: str, json: Path | None, repeats: int, device: str) -> None:
@@ -571,7 +571,7 @@ def _measure(title: str, run: Callable[[Callable[[str], None]], Measured], out: 
     try:
         with console.status(title) as status:
             # A log keeps every line of the progress, a terminal shows the last.
-            measured = run(status.update if console.is_terminal else _say)
+            measured = run(_teller(status))
         _show_benchmark(measured.report)
         _show_files(measured.write(out), out)
     except SNOptError as error:
