@@ -304,7 +304,7 @@ def test_a_benchmark_is_shown_and_written(tmp_path, monkeypatch):
 
 def test_every_benchmark_has_a_command():
     names = {command.name for command in cli.bench_app.registered_commands}
-    assert names == {*BENCHMARKS, "low-rank"}
+    assert names == {*BENCHMARKS, "low-rank", "optimizers"}
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)

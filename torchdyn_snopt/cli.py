@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+    from rich.status import Status
 
     from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.bench import BenchReport
@@ -55,11 +56,19 @@ error_console = Console(stderr=True, markup=False, highlight=False)
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Argument(help="What to train: digits, moons or mnist.")],
+    task: Annotated[
+        str,
+        typer.Argument(
+            help="What to train: digits, moons, japanese-vowels, spiral, circle, mnist, svhn, "
+            "cifar10, spoken-arabic-digits, articulary-word, character-trajectories, gas, "
+            "miniboone."
+        ),
+    ],
     optimizer: Annotated[
         list[str],
         typer.Option(
-            help="Optimizers, parted by commas: snopt, snopt-paper, adam, adamw, sgd. Settings "
+            help="Optimizers, parted by commas: snopt, snopt-paper, adam, adamw, sgd, muon, soap, "
+            "shampoo, lbfgs. Settings "
             "follow a colon: adam:lr=3e-3:sensitivity=adjoint."
         ),
     ] = ["snopt,adam,sgd"],  # noqa: B006  (typer copies it)
@@ -237,8 +246,69 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# --- data -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def data(
+    task: Annotated[str, typer.Argument(help="The task whose data to fetch, such as mnist.")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of data sets. Without it: torchdyn-snopt in the user's cache.",
+            envvar="TORCHDYN_SNOPT_DATA",
+            file_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Fetch a task's data into one .npz file; a download that broke off goes on."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.download import fetch
+
+    bars: dict[str, Any] = {}
+    progress = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=error_console,
+    )
+
+    def tell(name: str, done: int, total: int | None) -> None:
+        if name not in bars:
+            bars[name] = progress.add_task(name, total=total)
+        progress.update(bars[name], completed=done, total=total)
+
+    try:
+        with progress:
+            path = fetch(task, data_dir, tell)
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
+    console.print(f"The data of {task} are in {path}", soft_wrap=True)
+
+
 # --- bench ----------------------------------------------------------------------------------------
 
+CpuSecondsOption = Annotated[
+    bool,
+    typer.Option(
+        "--cpu-seconds",
+        help="Count seconds of this process on the CPU, where others share the machine.",
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with data sets, for tasks that need one.",
+        envvar="TORCHDYN_SNOPT_DATA",
+        exists=True,
+        file_okay=False,
+    ),
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Write raw measurements and environment there.")
 ]
@@ -306,6 +376,78 @@ def _unknown_race(task: str | None, known: list[str]) -> SNOptError:
     )
 
 
+@bench_app.command("optimizers")
+def bench_optimizers(
+    tasks: Annotated[list[str], typer.Argument(help="Tasks to train, one after the other.")],
+    seconds: Annotated[float, typer.Option(help="Seconds of training for each run.")] = 30.0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 5,
+    trials: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Runs of half the seconds to tune each learning rate with; 0: the tasks' own.",
+        ),
+    ] = 5,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(help="Optimizers as for train. Without it: SNOpt and all its peers."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.", file_okay=False)] = Path(
+        "runs/bench-optimizers"
+    ),
+    json: JsonOption = None,
+    cpu_seconds: CpuSecondsOption = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what the output folder holds.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
+    ] = False,
+    device: DeviceOption = "cpu",
+    data_dir: DataOption = None,
+) -> None:
+    """Time to target, loss at equal time, test metric, NFE and memory against tuned peers."""
+    from torchdyn_snopt.errors import SNOptError
+    from torchdyn_snopt.experiments.bench.optimizers import CONTENDERS, Contest
+    from torchdyn_snopt.experiments.bench.optimizers import bench_optimizers as run
+
+    try:
+        contest = Contest(
+            tasks=tasks,
+            out=out,
+            seconds=seconds,
+            seeds=seeds,
+            trials=trials,
+            optimizers=optimizer or [CONTENDERS],
+            device=_device(device),
+            data_dir=data_dir,
+            clock="cpu" if cpu_seconds else "wall",
+            memory=memory,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        with console.status("bench optimizers") as status:
+            report = run(contest, _teller(status))
+        _show_benchmark(report)
+        report.write(json or out / "optimizers.json")
+        _show_files([*sorted(out.glob("*.png")), json or out / "optimizers.json"], out)
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
+    except KeyboardInterrupt:
+        console.print("\nStopped; the same command with --resume goes on from here.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _teller(status: Status) -> Callable[[str], None]:
+    """On a terminal the status line, elsewhere a line each time."""
+    if console.is_terminal:
+        return status.update
+    return _say
+
+
 def _bench(kind: str, json: Path | None, repeats: int, device: str) -> None:
     from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.bench import BENCHMARKS
@@ -338,10 +480,12 @@ def reproduce(
         str,
         typer.Argument(
             help="fig5: training with fixed t1. fig10: a learned t1 over training, by SNOpt's "
-            "policy and by the gradient. table5: time and accuracy with a learned t1. table1: "
-            "errors of derivatives by solver. table2: memory and time of the derivations' stages. "
-            "factors: distance of A ⊗ B from exact blocks. The last three train nothing and take "
-            "--out alone."
+            "policy and by the gradient. table5: time and accuracy with a learned t1. table4: test "
+            "performance. fig7: training curves. table6: NFE and regularization. fig8: time and "
+            "memory of an iteration. fig9: sensitivity to the learning rate. fig11: the recursive "
+            "adjoint. table1: errors of derivatives by solver. table2: memory and time of the "
+            "derivations' stages. factors: distance of A ⊗ B from exact blocks. The last three "
+            "train nothing and take --out alone."
         ),
     ],
     task: Annotated[str, typer.Option(help="The task to reproduce it on.")] = "digits",
@@ -367,20 +511,18 @@ def reproduce(
         bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
     ] = False,
     device: DeviceOption = "cpu",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with data sets, for tasks that need one.",
-            envvar="TORCHDYN_SNOPT_DATA",
-            exists=True,
-            file_okay=False,
-        ),
-    ] = None,
+    cpu_seconds: CpuSecondsOption = False,
+    data_dir: DataOption = None,
 ) -> None:
     """Run a figure or a table of the paper on a task; leaves logs, a table and pictures."""
     from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.progress import observer_for
-    from torchdyn_snopt.experiments.reproduce import MEASUREMENTS, Request, get_reproduction
+    from torchdyn_snopt.experiments.reproduce import (
+        MEASUREMENTS,
+        Request,
+        Timing,
+        get_reproduction,
+    )
     from torchdyn_snopt.experiments.tasks import get_task
 
     if name in MEASUREMENTS:
@@ -399,9 +541,14 @@ def reproduce(
             data_dir=data_dir,
             resume=resume,
             overwrite=overwrite,
+            clock="cpu" if cpu_seconds else "wall",
         )
-        with observer_for(study.suite(request), console) as observer:
-            outcome = study.run(request, [observer])
+        if isinstance(study, Timing):
+            with console.status(name) as status:
+                outcome = study.run(request, _teller(status))
+        else:
+            with observer_for(study.suite(request), console) as observer:
+                outcome = study.run(request, [observer])
     except SNOptError as error:
         _fail(error)
     except OSError as error:
@@ -424,7 +571,7 @@ def _measure(title: str, run: Callable[[Callable[[str], None]], Measured], out: 
     try:
         with console.status(title) as status:
             # A log keeps every line of the progress, a terminal shows the last.
-            measured = run(status.update if console.is_terminal else _say)
+            measured = run(_teller(status))
         _show_benchmark(measured.report)
         _show_files(measured.write(out), out)
     except SNOptError as error:

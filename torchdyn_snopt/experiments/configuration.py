@@ -10,6 +10,7 @@ import torch
 
 from torchdyn_snopt.errors import InvalidInputError
 from torchdyn_snopt.experiments.horizons import HorizonChoice
+from torchdyn_snopt.experiments.meters import Seconds
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.runlog import Record
 from torchdyn_snopt.experiments.tasks import Task
@@ -52,6 +53,7 @@ class RunConfig:
         device: Where it runs.
         batch_size: Samples per iteration; the task's own if None.
         horizon: How t1 is treated; the model's own horizon if None.
+        clock: What seconds are: of the wall's clock, or of this process on the CPU.
     """
 
     task: Task
@@ -61,6 +63,7 @@ class RunConfig:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int | None = None
     horizon: HorizonChoice | None = None
+    clock: Seconds = "wall"
 
     @property
     def samples_per_batch(self) -> int:

@@ -40,12 +40,16 @@ STYLES: dict[str, Style] = {
     "sgd": Style("#0072B2", ":", "^"),
     "snopt-paper": Style("#000000", "-.", "v"),
     "adamw": Style("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "D"),
+    "muon": Style("#E69F00", (0, (7, 2)), "P"),
+    "soap": Style("#56B4E9", (0, (3, 1, 1, 1)), "X"),
+    "shampoo": Style("#8C510A", (0, (1, 1)), ">"),
+    "lbfgs": Style("#7F7F7F", (0, (7, 1, 2, 1)), "<"),
 }
 SPARE_STYLES = (
-    Style("#E69F00", "--", "P"),
-    Style("#56B4E9", "-.", "X"),
-    Style("#7F7F7F", "-", "<"),
-    Style("#8C510A", ":", ">"),
+    Style("#A6611A", "--", "p"),
+    Style("#80CDC1", "-.", "H"),
+    Style("#404040", "-", "8"),
+    Style("#C51B7D", ":", "1"),
     Style("#5E3C99", "--", "*"),
     Style("#1B7837", "-.", "h"),
     Style("#B2182B", "-", "d"),
@@ -81,6 +85,39 @@ def draw_figures(runs: Sequence[Run]) -> dict[str, Figure]:
     styles = assign_styles(runs)
     figures = {panel.name: _single(panel, runs, styles) for panel in PANELS}
     return {"overview": _overview(runs, styles), **figures}
+
+
+def draw_tasks(runs_of_tasks: Sequence[Sequence[Run]]) -> dict[str, Figure]:
+    """Pictures over several tasks, in the manner of the paper's Figures 1 and 7.
+
+    Args:
+        runs_of_tasks: For each task its runs, each with at least one iteration.
+
+    Returns:
+        ``figure1``: training loss against time, one panel a task; ``figure7``: below each of these
+        the test set; nothing without runs.
+    """
+    if not runs_of_tasks:
+        return {}
+    styles = assign_styles([run for runs in runs_of_tasks for run in runs])
+    by_name = {panel.name: panel for panel in PANELS}
+    rows = {"figure1": ["loss_over_time"], "figure7": ["loss_over_time", "test"]}
+    figures = {}
+    for name, panels in rows.items():
+        columns = len(runs_of_tasks)
+        size = (0.75 * PANEL[0] * columns, 0.85 * PANEL[1] * len(panels) + 1.0)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(panels), columns, squeeze=False)
+        for line, panel in zip(grid, panels, strict=True):
+            for axes, runs in zip(line, runs_of_tasks, strict=True):
+                by_name[panel].draw(axes, runs, styles)
+                axes.set_title(runs[0].header["title"])
+        figure.legend(
+            handles=_handles(styles), frameon=False, handlelength=3.5, loc="outside lower center",
+            ncols=min(len(styles), max(2, 3 * columns)),
+        )  # fmt: skip
+        figures[name] = figure
+    return figures
 
 
 def assign_styles(runs: Sequence[Run]) -> dict[str, Style]:
@@ -125,13 +162,16 @@ def _overview(runs: Sequence[Run], styles: dict[str, Style]) -> Figure:
 
 def _legend(axes: Axes, styles: dict[str, Style]) -> None:
     """Every optimizer, those included whose runs all failed."""
-    handles = [
+    axes.legend(handles=_handles(styles), frameon=False, handlelength=3.5)
+
+
+def _handles(styles: dict[str, Style]) -> list[Line2D]:
+    return [
         Line2D(
             [], [], color=s.color, linestyle=s.line, marker=s.marker, markersize=4.5, label=label
         )
         for label, s in styles.items()
     ]
-    axes.legend(handles=handles, frameon=False, handlelength=3.5)
 
 
 # --- panels ---------------------------------------------------------------------------------------
@@ -161,7 +201,9 @@ def _loss_over(column: str, xlabel: str) -> Callable[..., None]:
             fontsize="small",
             color="0.35",
         )
-        axes.set_yscale("log")
+        # The negative log-likelihood of a density may have any sign.
+        if min(header["target_loss"], *(run.steps["loss"].min() for run in runs)) > 0:
+            axes.set_yscale("log")
         axes.set_ylabel(f"training loss (mean of {header['window']} batches)")
         _finish(axes, xlabel)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from torchdyn_snopt import SNOpt
 from torchdyn_snopt.errors import InvalidInputError
+from torchdyn_snopt.experiments import peers
 from torchdyn_snopt.experiments.tasks import Task
 
 DEFAULT_SENSITIVITY = "snopt"
@@ -36,6 +37,7 @@ class OptimizerRow:
         reads: The callable whose parameters are the allowed settings.
         settings: Settings for every task, below those of the task.
         needs_closure: Whether a step evaluates the loss more than once.
+        lr_range: Lowest and highest learning rate that tuning tries.
     """
 
     name: str
@@ -44,6 +46,13 @@ class OptimizerRow:
     reads: Callable[..., Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs_closure: bool = False
+    lr_range: tuple[float, float] = (1e-3, 1e-1)
+
+    @property
+    def default_lr(self) -> float:
+        """The learning rate without any setting."""
+        probe = self.build(nn.Linear(1, 1), **self.settings)
+        return float(probe.param_groups[0]["lr"])
 
 
 def _on_parameters(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
@@ -57,11 +66,24 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     row.name: row
     for row in (
         OptimizerRow("snopt", "SNOpt", SNOpt, SNOpt),
-        OptimizerRow("snopt-paper", "SNOpt (paper)", SNOpt.from_paper, SNOpt),
+        OptimizerRow(
+            "snopt-paper", "SNOpt (paper)", SNOpt.from_paper, SNOpt, lr_range=(3e-3, 3e-1)
+        ),
         OptimizerRow("adam", "Adam", _on_parameters(torch.optim.Adam), torch.optim.Adam),
         OptimizerRow("adamw", "AdamW", _on_parameters(torch.optim.AdamW), torch.optim.AdamW),
         OptimizerRow(
-            "sgd", "SGD", _on_parameters(torch.optim.SGD), torch.optim.SGD, {"momentum": 0.9}
+            "sgd",
+            "SGD",
+            _on_parameters(torch.optim.SGD),
+            torch.optim.SGD,
+            {"momentum": 0.9},
+            lr_range=(3e-3, 3e-1),
+        ),
+        OptimizerRow("muon", "Muon", peers.muon, peers.muon),
+        OptimizerRow("soap", "SOAP", peers.soap, peers.soap),
+        OptimizerRow("shampoo", "Shampoo", peers.shampoo, peers.shampoo),
+        OptimizerRow(
+            "lbfgs", "L-BFGS", peers.lbfgs, peers.lbfgs, needs_closure=True, lr_range=(1e-2, 1.0)
         ),
     )
 }
@@ -201,7 +223,7 @@ def _check_settings(name: str, chosen: Mapping[str, Any]) -> None:
     parameters = inspect.signature(OPTIMIZERS[name].reads).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    allowed = [p.name for p in parameters if p.name not in {"self", "params"}]
+    allowed = [p.name for p in parameters if p.name not in {"self", "params", "model"}]
     unknown = [key for key in chosen if key not in allowed]
     if unknown:
         raise InvalidInputError(

@@ -19,6 +19,7 @@ from torchdyn_snopt.experiments.configuration import Budget, Observer, RunConfig
 from torchdyn_snopt.experiments.curves import read_run, run_folders
 from torchdyn_snopt.experiments.horizons import HorizonChoice
 from torchdyn_snopt.experiments.interrupt import stop_on_signal
+from torchdyn_snopt.experiments.meters import Seconds
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.report import Report, write_report
 from torchdyn_snopt.experiments.storage import locked_folder
@@ -42,6 +43,7 @@ class Suite:
         batch_size: Samples per iteration; the task's own if None.
         data_dir: A folder with data sets, for tasks that need one.
         horizons: Ways to treat t1, each run with every optimizer; None leaves it to the model.
+        clock: What seconds are; see `RunConfig`.
     """
 
     task: Task
@@ -53,6 +55,7 @@ class Suite:
     batch_size: int | None = None
     data_dir: Path | None = None
     horizons: Sequence[HorizonChoice | None] = (None,)
+    clock: Seconds = "wall"
 
     def runs(self) -> list[tuple[RunConfig, Path]]:
         """Every run with its folder, in the order in which they take place."""
@@ -65,7 +68,16 @@ class Suite:
         return [(config, self.out / config.slug / f"seed-{config.seed}") for config in configs]
 
     def _config(self, spec: OptimizerSpec, seed: int, horizon: HorizonChoice | None) -> RunConfig:
-        return RunConfig(self.task, spec, seed, self.budget, self.device, self.batch_size, horizon)
+        return RunConfig(
+            self.task,
+            spec,
+            seed,
+            self.budget,
+            self.device,
+            self.batch_size,
+            horizon,
+            self.clock,
+        )
 
 
 def run_suite(

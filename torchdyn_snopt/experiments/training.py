@@ -83,7 +83,7 @@ class TrainingRun:
         self.config, self.folder = config, folder
         self.team = team or Team(device=config.device)
         self.train, self.test = splits.train.to(config.device), splits.test.to(config.device)
-        self._clock = Clock(config.device)
+        self._clock = Clock(config.device, config.clock)
         if self.team.size == 1:
             _warm_up(config, self.train)
         _seed_everything(config.seed)
@@ -339,6 +339,7 @@ class TrainingRun:
             target_loss=task.target_loss,
             window=task.window,
             batches=self.batches,
+            clock=self.config.clock,
             parameters=sum(p.numel() for p in self.model.parameters()),
             environment=describe_environment(self.config.device),
         )
@@ -387,11 +388,20 @@ def _warm_up(config: RunConfig, train: Samples) -> None:
     _seed_everything(config.seed)
     model, optimizer = _build(config)
     x, y = train.x[: config.samples_per_batch], train.y[: config.samples_per_batch]
+
+    def differentiate() -> float:
+        optimizer.zero_grad()
+        loss = config.task.loss(model(x), y)
+        (loss + penalty_of(model)).backward()
+        return loss.item()
+
     try:
         for _ in range(WARM_UP_STEPS):
-            optimizer.zero_grad()
-            (config.task.loss(model(x), y) + penalty_of(model)).backward()
-            optimizer.step()
+            if config.optimizer.row.needs_closure:
+                optimizer.step(differentiate)
+            else:
+                differentiate()
+                optimizer.step()
     except RUN_FAILURES:
         return  # the run itself will meet the same failure, and record it
 

@@ -6,25 +6,32 @@ from collections.abc import Callable
 
 from torchdyn_snopt.errors import InvalidInputError
 from torchdyn_snopt.experiments.reproduce import fig5, fig10, table5
+from torchdyn_snopt.experiments.reproduce.comparison import COMPARISONS, Comparison
 from torchdyn_snopt.experiments.reproduce.factors import run_factors
 from torchdyn_snopt.experiments.reproduce.measured import Measured
 from torchdyn_snopt.experiments.reproduce.study import Reproduction, Request, Study, Table
 from torchdyn_snopt.experiments.reproduce.table1 import run_table1
 from torchdyn_snopt.experiments.reproduce.table2 import run_table2
+from torchdyn_snopt.experiments.reproduce.timing import TIMINGS, Timing
 
 __all__ = [
     "MEASUREMENTS",
     "REPRODUCTIONS",
+    "AnyReproduction",
+    "Comparison",
     "Measured",
     "Reproduction",
     "Request",
     "Study",
     "Table",
+    "Timing",
     "get_reproduction",
 ]
 
-REPRODUCTIONS: dict[str, Reproduction] = {
-    study.name: study for study in (fig5.STUDY, fig10.STUDY, table5.STUDY)
+AnyReproduction = Reproduction | Comparison | Timing
+
+REPRODUCTIONS: dict[str, AnyReproduction] = {
+    study.name: study for study in (fig5.STUDY, fig10.STUDY, table5.STUDY, *COMPARISONS, *TIMINGS)
 }
 
 # Those that train nothing, from whom to tell about the progress.
@@ -35,7 +42,7 @@ MEASUREMENTS: dict[str, Callable[[Callable[[str], None]], Measured]] = {
 }
 
 
-def get_reproduction(name: str) -> Reproduction:
+def get_reproduction(name: str) -> AnyReproduction:
     """Look a reproduction up.
 
     Args:

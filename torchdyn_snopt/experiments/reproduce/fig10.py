@@ -42,7 +42,11 @@ def _tabulate(arms: Arms, title: str) -> Table:
         over_seeds("final t1", lambda r: [float(horizon_path(run)[-1]) for run in r], 3),
         Column("spread", lambda r: f"{100 * max(spread(horizon_path(run)) for run in r):.1f} %"),
         Column("gap between starts", lambda r: _percent(_gaps(arms, r))),
-        over_seeds(merit_title(arms), lambda r: [merit(run) for run in r], 2),
+        over_seeds(
+            merit_title(run for runs in arms.values() for run in runs),
+            lambda r: [merit(run) for run in r],
+            2,
+        ),
     )
     return tabulate(f"{title}: t1 over training", arms, columns, (NOTE,))
 

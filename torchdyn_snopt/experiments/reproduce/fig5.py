@@ -40,7 +40,11 @@ def _tabulate(arms: Arms, title: str) -> Table:
     columns = (
         over_seeds("relative time", lambda r: ratios(r, reference, seconds_per_iteration), 3),
         over_seeds("relative NFE", lambda r: ratios(r, reference, evaluations), 3),
-        over_seeds(merit_title(arms), lambda r: [merit(run) for run in r], 2),
+        over_seeds(
+            merit_title(run for runs in arms.values() for run in runs),
+            lambda r: [merit(run) for run in r],
+            2,
+        ),
         over_seeds("seconds", lambda r: [seconds(run) for run in r], 1),
         over_seeds("NFE per iteration", lambda r: [evaluations(run) for run in r], 1),
     )
@@ -57,7 +61,10 @@ def _draw(arms: Arms, title: str) -> Figure:
     def merits(runs: list[Run]) -> list[float]:
         return [merit(run) for run in runs]
 
-    panels = (("relative training time [%]", relative_time), (merit_title(arms), merits))
+    panels = (
+        ("relative training time [%]", relative_time),
+        (merit_title(run for runs in arms.values() for run in runs), merits),
+    )
     for axes, (label, measure) in zip(figure.subplots(1, 2), panels, strict=True):
         known = [(h.t1, measure(runs)) for h, runs in arms.items() if measure(runs)]
         if known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from scipy import stats
 from torchdyn_snopt.experiments.configuration import Budget, Observer, RunResult
 from torchdyn_snopt.experiments.curves import Array, Run, read_run
 from torchdyn_snopt.experiments.horizons import HorizonChoice
+from torchdyn_snopt.experiments.meters import Seconds
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.storage import replacing, write_text
 from torchdyn_snopt.experiments.suite import Suite, run_suite
@@ -41,6 +42,7 @@ class Request:
         data_dir: A folder with data sets, for tasks that need one.
         resume: Go on from what the folder holds.
         overwrite: Remove the runs that the folder holds first.
+        clock: What seconds are; see `RunConfig`.
     """
 
     task: Task
@@ -53,6 +55,7 @@ class Request:
     data_dir: Path | None = None
     resume: bool = False
     overwrite: bool = False
+    clock: Seconds = "wall"
 
     @property
     def budget(self) -> Budget:
@@ -192,6 +195,7 @@ class Reproduction:
             out=request.out,
             device=request.device,
             data_dir=request.data_dir,
+            clock=request.clock,
             horizons=self.horizons(request.penalty),
         )
 
@@ -211,12 +215,28 @@ class Reproduction:
         )
         arms, title = _read_arms(suite), request.task.title
         table = self.tabulate(arms, title)
-        files = [request.out / f"{self.name}.{ending}" for ending in ("md", "csv", "png")]
-        write_text(files[0], table.markdown())
-        write_text(files[1], table.csv())
-        with replacing(files[2]) as temporary:
-            self.draw(arms, title).savefig(temporary, format="png", dpi=DPI)
+        files = write_study(request.out, self.name, table, self.draw(arms, title))
         return Study(table, [*files, *report.files], results)
+
+
+def write_study(out: Path, name: str, table: Table, figure: Figure) -> list[Path]:
+    """Write a table and a picture.
+
+    Args:
+        out: The output folder.
+        name: Of the files, without their endings.
+        table: The table.
+        figure: The picture.
+
+    Returns:
+        The files.
+    """
+    files = [out / f"{name}.{ending}" for ending in ("md", "csv", "png")]
+    write_text(files[0], table.markdown())
+    write_text(files[1], table.csv())
+    with replacing(files[2]) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
+    return files
 
 
 def _read_arms(suite: Suite) -> Arms:
@@ -271,16 +291,16 @@ def merit(run: Run) -> float:
     return float(run.header["metric_scale"]) * float(run.epochs[f"test_{metric}"][-1])
 
 
-def merit_title(arms: Arms) -> str:
+def merit_title(runs: Iterable[Run]) -> str:
     """The name of `merit`.
 
     Args:
-        arms: Runs of one task.
+        runs: Runs of one task.
 
     Returns:
         With its unit; empty without runs.
     """
-    header = next((run.header for runs in arms.values() for run in runs), None)
+    header = next((run.header for run in runs), None)
     if header is None:
         return ""
     metric, unit = header["metric"], header.get("metric_unit")

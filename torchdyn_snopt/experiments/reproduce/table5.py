@@ -47,7 +47,11 @@ def _tabulate(arms: Arms, title: str) -> Table:
     columns = (
         over_seeds("relative time", lambda r: ratios(r, fixed, seconds_per_iteration), 3),
         over_seeds("relative NFE", lambda r: ratios(r, fixed, evaluations), 3),
-        over_seeds(merit_title(arms), lambda r: [merit(run) for run in r], 2),
+        over_seeds(
+            merit_title(run for runs in arms.values() for run in runs),
+            lambda r: [merit(run) for run in r],
+            2,
+        ),
         over_seeds("difference", lambda r: differences(r, fixed), 2),
         over_seeds("seconds", lambda r: [seconds(run) for run in r], 1),
         over_seeds("NFE per iteration", lambda r: [evaluations(run) for run in r], 1),
@@ -66,7 +70,10 @@ def _draw(arms: Arms, title: str) -> Figure:
     def merits(runs: list[Run]) -> list[float]:
         return [merit(run) for run in runs]
 
-    panels = (("training time relative to t1 = 1 [%]", relative_time), (merit_title(arms), merits))
+    panels = (
+        ("training time relative to t1 = 1 [%]", relative_time),
+        (merit_title(run for runs in arms.values() for run in runs), merits),
+    )
     for axes, (label, measure) in zip(figure.subplots(1, 2), panels, strict=True):
         for place, runs in enumerate(arms.values()):
             values = measure(runs)

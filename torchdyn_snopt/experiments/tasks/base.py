@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
 from torchdyn_snopt import SNOptSensitivity
 from torchdyn_snopt.errors import InvalidInputError
-from torchdyn_snopt.experiments.data import load_arrays
 
 Sensitivity = str | SNOptSensitivity
 
@@ -44,6 +42,17 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def head(self, number: int) -> Samples:
+        """The first samples.
+
+        Args:
+            number: How many, at most.
+
+        Returns:
+            Views of them.
+        """
+        return Samples(self.x[:number], self.y[:number])
 
     def to(self, device: torch.device) -> Samples:
         """Move both tensors.
@@ -145,60 +154,30 @@ class Last(nn.Module):
         return states[-1]
 
 
-def neural_ode(field_: nn.Module, sensitivity: Sensitivity, tolerance: float) -> NeuralODE:
+def neural_ode(
+    field_: nn.Module, sensitivity: Sensitivity, tolerance: float, *, atol: float | None = None
+) -> NeuralODE:
     """A torchdyn NeuralODE over t in [0, 1] by dopri5 that returns states only.
 
     Args:
         field_: The vector field.
         sensitivity: How its gradient is computed.
         tolerance: rtol and atol, of the forward and of the adjoint solve.
+        atol: atol where it differs from rtol.
 
     Returns:
         The module, from ``x [batch, ...]`` to the states ``[2, batch, ...]`` at t = 0 and 1.
     """
+    atol = tolerance if atol is None else atol
     # torchdyn prints a note on every field without t; it is no news here and breaks live displays.
     with contextlib.redirect_stdout(io.StringIO()):
         return NeuralODE(
             field_,
             solver="dopri5",
             rtol=tolerance,
-            atol=tolerance,
+            atol=atol,
             sensitivity=sensitivity,
             rtol_adjoint=tolerance,
-            atol_adjoint=tolerance,
+            atol_adjoint=atol,
             return_t_eval=False,
         )
-
-
-def load_images(name: str, data_dir: Path | None = None) -> Splits:
-    """Read a data set of images.
-
-    Args:
-        name: Of the data set.
-        data_dir: The folder; the environment variable TORCHDYN_SNOPT_DATA names it if None.
-
-    Returns:
-        Images ``[samples, channels, height, width]`` in [0, 1], labels ``[samples]``.
-
-    Raises:
-        InvalidInputError: No such file, a file of another form, or images that are not uint8.
-    """
-    arrays = load_arrays(name, data_dir)
-    train, test = (
-        Samples(_pixels(name, arrays[f"x_{part}"]), torch.from_numpy(arrays[f"y_{part}"]).long())
-        for part in ("train", "test")
-    )
-    return Splits(train, test)
-
-
-def _pixels(name: str, images: np.ndarray) -> Tensor:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise InvalidInputError(
-            f"the data set {name} holds no images",
-            got=f"{images.dtype} {list(images.shape)}",
-            allowed="uint8 [samples, height, width] or [samples, height, width, channels]",
-            do="write it anew with numpy.savez",
-        )
-    pixels = torch.from_numpy(images)
-    pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
-    return pixels.float().div_(255).contiguous()

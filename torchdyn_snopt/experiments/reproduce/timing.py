@@ -1,0 +1,249 @@
+"""Figures 8 and 11: time and memory of iterations, contenders taking turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE
+
+from torchdyn_snopt import SNOpt
+from torchdyn_snopt.adjoint.recursive import recursive_product
+from torchdyn_snopt.experiments.bench.steps import Iterations, peak_bytes
+from torchdyn_snopt.experiments.bench.timing import Timings, interleave, whole
+from torchdyn_snopt.experiments.figures import PANEL
+from torchdyn_snopt.experiments.meters import Clock
+from torchdyn_snopt.experiments.optimizers import OptimizerSpec
+from torchdyn_snopt.experiments.reproduce import paper
+from torchdyn_snopt.experiments.reproduce.study import Request, Study, Table, write_study
+
+BLOCK = 10  # iterations of a turn: refreshes of the curvature are spread over them
+ROUNDS = (3, 50)
+SECONDS = 60.0
+MEGABYTE = 1e6
+OURS = "SNOpt"
+TORCHDYN = "Adam, torchdyn adjoint"
+TORCHDIFFEQ = "Adam, torchdiffeq adjoint"
+SPECS = {
+    OURS: OptimizerSpec("snopt"),
+    TORCHDYN: OptimizerSpec("adam", sensitivity="adjoint"),
+    TORCHDIFFEQ: OptimizerSpec("adam", sensitivity="torchdiffeq"),
+    "Adam, this package's adjoint": OptimizerSpec("adam"),
+}
+RECURSION = "recursive adjoint"
+COLOR = "#009E73"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A figure of the paper about time.
+
+    Attributes:
+        name: On the command line, and of its files.
+        measure: From the request, and whom to tell, to table and picture.
+    """
+
+    name: str
+    measure: Callable[[Request, Tell], tuple[Table, Figure]]
+
+    def run(self, request: Request, tell: Tell) -> Study:
+        """Measure, then write table and picture.
+
+        Args:
+            request: What to measure on.
+            tell: Told about the progress.
+
+        Returns:
+            The study, without runs.
+        """
+        request.out.mkdir(parents=True, exist_ok=True)
+        table, figure = self.measure(request, tell)
+        return Study(table, write_study(request.out, self.name, table, figure), [])
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]], seconds: float, clock: Clock
+) -> Timings:
+    """Let contenders take turns for about so many seconds.
+
+    Args:
+        contenders: A turn of each.
+        seconds: For all turns together.
+        clock: The clock.
+
+    Returns:
+        The measurements, of at least three rounds.
+    """
+    measured = {name: whole(turn) for name, turn in contenders.items()}
+    once = sum(contender(clock) for contender in measured.values())
+    low, high = ROUNDS
+    return interleave(measured, min(high, max(low, int(seconds / once))), clock)
+
+
+# --- Figure 8 -------------------------------------------------------------------------------------
+
+
+def _measure_iterations(request: Request, tell: Tell) -> tuple[Table, Figure]:
+    task, device = request.task, request.device
+    train = task.load(request.data_dir).train
+    clock = Clock(device, request.clock)
+    turns = {}
+    for name, spec in SPECS.items():
+        iterations = Iterations(task, spec, train, device)
+        turns[name] = lambda iterations=iterations: iterations(BLOCK)
+    tell(f"{task.name}: {', '.join(turns)} take turns")
+    timings = take_turns(turns, request.seconds or SECONDS, clock)
+    peaks = {}
+    for name, spec in SPECS.items():
+        tell(f"{task.name}: memory of {name}")
+        peaks[name] = peak_bytes(task, spec, device, request.data_dir)
+    head = ["contender", "ms per iteration", "SNOpt takes", "MB", "SNOpt's memory", "the paper"]
+    published = paper.FIGURE8.get(task.name)
+    body = [
+        [
+            name,
+            f"{timings.milliseconds(name) / BLOCK:.1f}",
+            "–" if name == OURS else timings.ratio(OURS, name).show(),
+            f"{peaks[name] / MEGABYTE:.1f}",
+            "–" if name == OURS else f"{peaks[OURS] / peaks[name]:.2f}",
+            f"{published:.2f}, memory {paper.FIGURE8_MEMORY}"
+            if name == TORCHDIFFEQ and published is not None
+            else "–",
+        ]
+        for name in turns
+    ]
+    table = Table(
+        f"{task.title}: time and memory of an iteration",
+        head,
+        body,
+        (
+            f"Turns of {BLOCK} training iterations from the same weights on the same batches, "
+            "refreshes of the curvature included. SNOpt takes: its time relative to the "
+            "contender's, median [minimum, maximum] of the ratios within rounds. MB: peak of a few "
+            "iterations in a process of its own, beyond model and data; SNOpt's memory: relative "
+            "to the contender's. The paper: SNOpt relative to Adam, both by torchdiffeq.",
+        ),
+    )
+    times = {name: timings.ratio(OURS, name).median for name in turns if name != OURS}
+    memory = {name: peaks[OURS] / peaks[name] for name in times}
+    panels = {"time per iteration": times, "peak memory": memory}
+    return table, _bars(f"{task.title}: SNOpt relative to", panels)
+
+
+def _bars(title: str, panels: Mapping[str, Mapping[str, float]]) -> Figure:
+    figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
+    for axes, (label, values) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        bars = axes.barh(list(values), list(values.values()), color=COLOR, edgecolor="black")
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
+        axes.set_xlabel(f"{label}, relative")
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
+FIGURE8 = Timing("fig8", _measure_iterations)
+
+
+# --- Figure 11 ------------------------------------------------------------------------------------
+
+
+def first_solve(model: nn.Module, inputs: Tensor) -> tuple[NeuralODE, Tensor]:
+    """The first neural ODE of a model that is called, and the state that it starts from.
+
+    Args:
+        model: The model.
+        inputs: A batch.
+
+    Returns:
+        Both.
+    """
+    solves: list[tuple[NeuralODE, Tensor]] = []
+
+    def keep(node: NeuralODE, arguments: tuple[Tensor, ...]) -> None:
+        solves.append((node, arguments[0].detach()))
+
+    nodes = [module for module in model.modules() if isinstance(module, NeuralODE)]
+    handles = [node.register_forward_pre_hook(keep) for node in nodes]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return solves[0]
+
+
+def _measure_recursion(request: Request, tell: Tell) -> tuple[Table, Figure]:
+    task = request.task
+    torch.manual_seed(0)
+    model = task.build_model("snopt", task.tolerance).to(request.device)
+    train = task.load(request.data_dir).train.to(request.device)
+    node, x = first_solve(model, train.x[: task.batch_size])
+    ends = [0.0, 1.0] if node.t_span is None else [float(t) for t in node.t_span]
+    optimizer = SNOpt(node, lr=0.0)  # every turn sees the same field
+    parameters = [p for p in node.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    signs = [
+        torch.randint(2, p.shape, generator=generator).to(p).mul_(2).sub_(1) for p in parameters
+    ]
+
+    def ours() -> None:
+        for _ in range(BLOCK):
+            optimizer.zero_grad()
+            node(x)[-1].square().mean().backward()
+            optimizer.step()
+
+    def recursive() -> None:
+        recursive_product(
+            node.vf,
+            x,
+            ends,
+            lambda state: state.square().mean(),
+            signs,
+            rtol=float(node.rtol),
+            atol=float(node.atol),
+        )
+
+    tell(f"{task.name}: SNOpt and the recursive adjoint take turns")
+    turns: dict[str, Callable[[], Any]] = {OURS: ours, RECURSION: recursive}
+    timings = take_turns(turns, request.seconds or SECONDS, Clock(request.device, request.clock))
+    per_step = {
+        OURS: timings.milliseconds(OURS) / BLOCK,
+        RECURSION: timings.milliseconds(RECURSION),
+    }
+    ratios = [BLOCK * ratio for ratio in timings.ratio(RECURSION, OURS).values]
+    shown = f"{sorted(ratios)[len(ratios) // 2]:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+    body = [
+        [OURS, f"{per_step[OURS]:.1f}", "–", "–"],
+        [RECURSION, f"{per_step[RECURSION]:.1f}", shown, paper.FIGURE11],
+    ]
+    table = Table(
+        f"{task.title}: a second-order step of the neural ODE",
+        ["by", "ms per step", "relative to SNOpt", "the paper"],
+        body,
+        (
+            "SNOpt: forward, backward and update, refreshes of the curvature included, mean over "
+            f"{BLOCK} steps. The recursive adjoint: gradient and one product with the Hessian, the "
+            "least that a second-order step by recursion needs. Both on the task's first solve at "
+            "the task's tolerance; median [minimum, maximum] of the ratios within rounds.",
+        ),
+    )
+    ratio = sorted(ratios)[len(ratios) // 2]
+    return table, _bars(
+        f"{task.title}: recursive adjoint relative to SNOpt", {"time per step": {RECURSION: ratio}}
+    )
+
+
+FIGURE11 = Timing("fig11", _measure_recursion)
+
+TIMINGS = (FIGURE8, FIGURE11)
