@@ -107,7 +107,7 @@ NOTE = (
     "largest sizes; '–' where a method has no such quantity. Memory: peak bytes held by tensors "
     "(torch.profiler), activations of one field evaluation and the field's Jacobians included; "
     "SNOpt: the backward pass that collects A and B. Small rows wait there until 2^20 entries make "
-    "one product: memory grows with the depth up to 8 MB for each of the four factors, and two such "
+    "one product: memory grows with the depth up to 8 MB for each of four factors, and two such "
     "copies while one is multiplied; the sweep over the depth reaches that after 64 steps."
 )
 HEAD = ["method", "paper", "m", "n", "R", "depth"]
