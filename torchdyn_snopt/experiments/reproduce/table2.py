@@ -85,7 +85,7 @@ class Sweep:
 THEOREM_1 = ("Theorem 1",)
 OTHERS = ("Proposition 2", "SNOpt", "first-order adjoint")
 QUANTITIES = ("m", "n", "R", "depth")
-# The last sweep's state is large enough that 2^20 entries wait after 32 steps at the latest.
+# The last sweep's state is large enough that 2^20 entries have come together by 64 steps.
 SWEEPS = (
     Sweep("m", tuple(Size(length) for length in (16, 32, 64, 128)), THEOREM_1 + OTHERS),
     Sweep("n", tuple(_square(channels, 48) for channels in (4, 8, 16, 24)), THEOREM_1),
@@ -107,8 +107,8 @@ NOTE = (
     "largest sizes; '–' where a method has no such quantity. Memory: peak bytes held by tensors "
     "(torch.profiler), activations of one field evaluation and the field's Jacobians included; "
     "SNOpt: the backward pass that collects A and B. Small rows wait there until 2^20 entries make "
-    "one product: its memory grows with the depth up to 8 MB a factor, and no further, which the "
-    "sweep over the depth starts from."
+    "one product: memory grows with the depth up to 8 MB for each of four factors, and two such "
+    "copies while one is multiplied; the sweep over the depth reaches that after 64 steps."
 )
 HEAD = ["method", "paper", "m", "n", "R", "depth"]
 
@@ -285,7 +285,7 @@ def _exponents(raw: list[dict[str, Any]], key: str) -> list[list[str]]:
 def _slope(points: Sequence[dict[str, Any]], sweep: str, key: str) -> float:
     last = sorted(points, key=lambda p: p[sweep])[-FITTED:]
     x, y = ([math.log(p[name]) for p in last] for name in (sweep, key))
-    return float(np.polyfit(x, y, 1)[0])
+    return round(float(np.polyfit(x, y, 1)[0]), 2) + 0.0  # no "-0.00"
 
 
 def _draw(raw: list[dict[str, Any]]) -> Figure:
