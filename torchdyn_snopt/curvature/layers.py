@@ -168,7 +168,8 @@ def _apart_by_group(module: Conv, patches: Tensor) -> Tensor:
     """``[rows, kernel, in]`` to ``[rows, kernel·in]``, or ``[G, rows, kernel·in/G]``."""
     if module.groups == 1:
         return patches.flatten(1)
-    return patches.unflatten(-1, (module.groups, -1)).permute(2, 0, 1, 3).flatten(2)
+    grouped: Tensor = patches.unflatten(-1, (module.groups, -1))
+    return grouped.permute(2, 0, 1, 3).flatten(2)
 
 
 def in_weight_order(module: LayerModule, factor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchdyn_snopt import CrossEntropyLoss, SNOpt, record_curvature
 from torchdyn_snopt.curvature.columns import ColumnCollector
 from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors
-from torchdyn_snopt.curvature.layers import is_supported
+from torchdyn_snopt.curvature.layers import WeightSharing, is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
 from torchdyn_snopt.experiments.environment import describe_environment
@@ -33,7 +33,11 @@ from torchdyn_snopt.experiments.tasks.base import Last, neural_ode
 Kind = Literal["empirical", "mc", "ggn"]
 KINDS: tuple[Kind, ...] = ("empirical", "mc", "ggn")
 BATCH, STEPS = 32, 10
-COLUMNS = (*KINDS, "ggn, reduce")
+# What each column of the table collects.
+COLUMNS: dict[str, tuple[Kind, WeightSharing]] = {
+    **{kind: (kind, "expand") for kind in KINDS},
+    "ggn, reduce": ("ggn", "reduce"),
+}
 HEAD = ["model", "state", "layer", *COLUMNS]
 NOTE = (
     f"Relative distance ‖A ⊗ B − G‖ / ‖G‖ (Frobenius) to the exact block G of the Gauss–Newton "
@@ -145,12 +149,9 @@ def distances(network: nn.Module, loss: Callable[[], Tensor]) -> list[dict[str, 
     """
     exact = exact_blocks(network, loss)
     rows: list[dict[str, Any]] = [{"layer": _short(name)} for name in exact]
-    for column in COLUMNS:
-        kind, _, sharing = column.partition(", ")
+    for column, (kind, sharing) in COLUMNS.items():
         network.zero_grad()
-        with record_curvature(
-            network, curvature=kind, weight_sharing=sharing or "expand"
-        ) as curvature:
+        with record_curvature(network, curvature=kind, weight_sharing=sharing) as curvature:
             loss().backward()
         for row, (name, block) in zip(rows, exact.items(), strict=True):
             approximate = _kronecker(curvature.factors[name])

@@ -51,7 +51,6 @@ TASK = Task(
     target_loss=0.3,
     window=25,
     settings={
-        "snopt": {"lr": 3e-3},
         "snopt-paper": {"lr": 0.02},
         "adam": {"lr": 1e-3},
         "adamw": {"lr": 1e-3},
