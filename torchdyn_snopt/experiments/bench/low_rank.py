@@ -145,10 +145,10 @@ RACES: tuple[Race, ...] = (
         budget=4.0,
         peers=(
             Peer("SNOpt low_rank", _low_rank, {"damping": 1e-4}, 20, (1e-4, 1e-3), (20, 50), True),
-            Peer("Adam", _ADAM, {"lr": 3e-2}, 20, (3e-2, 1e-2), (20, 50)),
-            Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 20, (1e-2, 3e-3), (20, 50)),
-            Peer("L-BFGS", _LBFGS, {"max_iter": 8}, 50, (8, 16), (50, 200), True),
-            Peer("SOAP", _soap, {"lr": 3e-2}, 20, (3e-2, 1e-2), (20, 50)),
+            Peer("Adam", _ADAM, {"lr": 3e-2}, 50, (3e-2, 1e-2), (20, 50)),
+            Peer("RMSprop", _RMSPROP, {"lr": 3e-3}, 50, (1e-2, 3e-3), (20, 50)),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 16}, 200, (8, 16), (50, 200), True),
+            Peer("SOAP", _soap, {"lr": 3e-2}, 50, (3e-2, 1e-2), (20, 50)),
         ),
     ),
     Race(
@@ -159,11 +159,11 @@ RACES: tuple[Race, ...] = (
         budget=6.0,
         peers=(
             Peer(
-                "SNOpt low_rank", _low_rank, {"damping": 1e-2}, 128, (1e-2, 1e-3), (128, 512), True
+                "SNOpt low_rank", _low_rank, {"damping": 1e-3}, 128, (1e-2, 1e-3), (128, 512), True
             ),
-            Peer("Adam", _ADAM, {"lr": 3e-2}, 128, (3e-2, 1e-1), (128, 512)),
+            Peer("Adam", _ADAM, {"lr": 1e-1}, 512, (3e-2, 1e-1), (128, 512)),
             Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 128, (1e-2, 3e-2), (128, 512)),
-            Peer("L-BFGS", _LBFGS, {"max_iter": 10}, None, (10, 20), (None, 512), True),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 20}, 512, (10, 20), (None, 512), True),
             Peer("SOAP", _soap, {"lr": 3e-2}, 128, (3e-2, 1e-1), (128, 512)),
         ),
     ),
