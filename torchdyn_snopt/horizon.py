@@ -180,7 +180,7 @@ def learn_horizon(
     Raises:
         UnsupportedError: a model whose call does not take t_span.
 
-    Example:
+    Examples:
         >>> horizon = learn_horizon(node, penalty=0.1)
         >>> loss = criterion(model(x), y) + horizon.penalty()
     """

@@ -54,7 +54,7 @@ class HorizonObjective(Generic[Model]):
         artifacts: Where a trial's log, and the best trial's checkpoint, are kept.
         checkpoint: From the trained model to what is saved of it.
 
-    Example:
+    Examples:
         >>> objective = HorizonObjective(build_model, train, space=fixed_t1(0.1, 3.0))
         >>> study = optuna.create_study(pruner=optuna.pruners.MedianPruner())
         >>> study.optimize(objective, n_trials=20)
