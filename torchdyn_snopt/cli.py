@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,7 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from rich.status import Status
@@ -51,6 +52,38 @@ console = Console(markup=False, highlight=False, quiet=os.environ.get("RANK", "0
 error_console = Console(stderr=True, markup=False, highlight=False)
 
 
+# --- options that several commands take -----------------------------------------------------------
+
+CpuSecondsOption = Annotated[
+    bool,
+    typer.Option(
+        "--cpu-seconds",
+        help="Count seconds of this process on the CPU, where others share the machine.",
+    ),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with data sets, for tasks that need one.",
+        envvar="TORCHDYN_SNOPT_DATA",
+        exists=True,
+        file_okay=False,
+    ),
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write raw measurements and environment there.")
+]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds of interleaved measurements.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from what the output folder holds.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
+]
+SeedsOption = Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")]
+
+
 # --- train ----------------------------------------------------------------------------------------
 
 
@@ -80,7 +113,7 @@ def train(
         float | None,
         typer.Option(help="Seconds of training for each run, besides or instead of --epochs."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 1,
+    seeds: SeedsOption = 1,
     lr: Annotated[
         float | None,
         typer.Option(help="Learning rate for optimizers that name none. Without it: the task's."),
@@ -104,31 +137,18 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Output folder. Without it: runs/TASK.", file_okay=False)
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what the output folder holds.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto for CUDA where there is one.")
     ] = "cpu",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with data sets, for tasks that need one.",
-            envvar="TORCHDYN_SNOPT_DATA",
-            exists=True,
-            file_okay=False,
-        ),
-    ] = None,
+    data_dir: DataOption = None,
 ) -> None:
     """Train a task with several optimizers; leaves logs, a table and pictures.
 
     Every run of one seed starts from the same weights and sees the same batches. Ctrl-C keeps what
     was run; the same command with --resume goes on from there.
     """
-    from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.configuration import Budget
     from torchdyn_snopt.experiments.horizons import horizon_choice
     from torchdyn_snopt.experiments.optimizers import parse_specs
@@ -136,7 +156,7 @@ def train(
     from torchdyn_snopt.experiments.suite import Suite, run_suite
     from torchdyn_snopt.experiments.tasks import get_task
 
-    try:
+    with _answered():
         entry = get_task(task)
         suite = Suite(
             task=entry,
@@ -151,10 +171,6 @@ def train(
         )
         with observer_for(suite, console) as observer:
             results, report = run_suite(suite, [observer], resume=resume, overwrite=overwrite)
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
     _show_report(report, suite.out)
     _conclude(results)
 
@@ -264,7 +280,6 @@ def data(
     """Fetch a task's data into one .npz file; a download that broke off goes on."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.download import fetch
 
     bars: dict[str, Any] = {}
@@ -281,39 +296,12 @@ def data(
             bars[name] = progress.add_task(name, total=total)
         progress.update(bars[name], completed=done, total=total)
 
-    try:
-        with progress:
-            path = fetch(task, data_dir, tell)
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
+    with _answered(), progress:
+        path = fetch(task, data_dir, tell)
     console.print(f"The data of {task} are in {path}", soft_wrap=True)
 
 
 # --- bench ----------------------------------------------------------------------------------------
-
-CpuSecondsOption = Annotated[
-    bool,
-    typer.Option(
-        "--cpu-seconds",
-        help="Count seconds of this process on the CPU, where others share the machine.",
-    ),
-]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder with data sets, for tasks that need one.",
-        envvar="TORCHDYN_SNOPT_DATA",
-        exists=True,
-        file_okay=False,
-    ),
-]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write raw measurements and environment there.")
-]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds of interleaved measurements.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto.")]
 
 
 @bench_app.command("adjoint")
@@ -342,7 +330,7 @@ def bench_memory(
 
 @bench_app.command("low-rank")
 def bench_low_rank(
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 5,
+    seeds: SeedsOption = 5,
     task: Annotated[str | None, typer.Option(help="spiral or moons. Without it: both.")] = None,
     tune: Annotated[
         int,
@@ -380,7 +368,7 @@ def _unknown_race(task: str | None, known: list[str]) -> SNOptError:
 def bench_optimizers(
     tasks: Annotated[list[str], typer.Argument(help="Tasks to train, one after the other.")],
     seconds: Annotated[float, typer.Option(help="Seconds of training for each run.")] = 30.0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 5,
+    seeds: SeedsOption = 5,
     trials: Annotated[
         int,
         typer.Option(
@@ -398,44 +386,36 @@ def bench_optimizers(
     json: JsonOption = None,
     cpu_seconds: CpuSecondsOption = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what the output folder holds.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
     data_dir: DataOption = None,
 ) -> None:
     """Time to target, loss at equal time, test metric, NFE and memory against tuned peers."""
-    from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.bench.optimizers import CONTENDERS, Contest
     from torchdyn_snopt.experiments.bench.optimizers import bench_optimizers as run
 
     try:
-        contest = Contest(
-            tasks=tasks,
-            out=out,
-            seconds=seconds,
-            seeds=seeds,
-            trials=trials,
-            optimizers=optimizer or [CONTENDERS],
-            device=_device(device),
-            data_dir=data_dir,
-            clock="cpu" if cpu_seconds else "wall",
-            memory=memory,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        with console.status("bench optimizers") as status:
-            report = run(contest, _teller(status))
-        _show_benchmark(report)
-        report.write(json or out / "optimizers.json")
-        _show_files([*sorted(out.glob("*.png")), json or out / "optimizers.json"], out)
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
+        with _answered():
+            contest = Contest(
+                tasks=tasks,
+                out=out,
+                seconds=seconds,
+                seeds=seeds,
+                trials=trials,
+                optimizers=optimizer or [CONTENDERS],
+                device=_device(device),
+                data_dir=data_dir,
+                clock="cpu" if cpu_seconds else "wall",
+                memory=memory,
+                resume=resume,
+                overwrite=overwrite,
+            )
+            with console.status("bench optimizers") as status:
+                report = run(contest, _teller(status))
+            _show_benchmark(report)
+            report.write(json or out / "optimizers.json")
+            _show_files([*sorted(out.glob("*.png")), json or out / "optimizers.json"], out)
     except KeyboardInterrupt:
         console.print("\nStopped; the same command with --resume goes on from here.")
         raise typer.Exit(INTERRUPTED) from None
@@ -449,20 +429,15 @@ def _teller(status: Status) -> Callable[[str], None]:
 
 
 def _bench(kind: str, json: Path | None, repeats: int, device: str) -> None:
-    from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.bench import BENCHMARKS
 
-    try:
+    with _answered():
         with console.status(f"bench {kind}") as status:
             report = BENCHMARKS[kind](repeats, _device(device), status.update)
         _show_benchmark(report)
         if json is not None:
             report.write(json)
             console.print(f"Raw measurements in {json}")
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
 
 
 def _show_benchmark(report: BenchReport) -> None:
@@ -489,7 +464,7 @@ def reproduce(
         ),
     ],
     task: Annotated[str, typer.Option(help="The task to reproduce it on.")] = "digits",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run: 0, 1, ...")] = 5,
+    seeds: SeedsOption = 5,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the data. Without it: the task's own.")
     ] = None,
@@ -504,18 +479,13 @@ def reproduce(
         Path | None,
         typer.Option(help="Output folder. Without it: runs/NAME-TASK.", file_okay=False),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from what the output folder holds.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the output folder's runs first.")
-    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = "cpu",
     cpu_seconds: CpuSecondsOption = False,
     data_dir: DataOption = None,
 ) -> None:
     """Run a figure or a table of the paper on a task; leaves logs, a table and pictures."""
-    from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.progress import observer_for
     from torchdyn_snopt.experiments.reproduce import (
         MEASUREMENTS,
@@ -528,7 +498,7 @@ def reproduce(
     if name in MEASUREMENTS:
         _measure(f"reproduce {name}", MEASUREMENTS[name], out or Path("runs") / name)
         return
-    try:
+    with _answered():
         study = get_reproduction(name)
         request = Request(
             task=get_task(task),
@@ -549,10 +519,6 @@ def reproduce(
         else:
             with observer_for(study.suite(request), console) as observer:
                 outcome = study.run(request, [observer])
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
     console.print(_rich_table(outcome.table.title, [outcome.table.head, *outcome.table.body]))
     for note in outcome.table.notes:
         console.print(note, style="dim")
@@ -566,18 +532,12 @@ def _say(text: str) -> None:
 
 def _measure(title: str, run: Callable[[Callable[[str], None]], Measured], out: Path) -> None:
     """Run a measurement that hands back tables and a picture, and write them."""
-    from torchdyn_snopt.errors import SNOptError
-
-    try:
+    with _answered():
         with console.status(title) as status:
             # A log keeps every line of the progress, a terminal shows the last.
             measured = run(_teller(status))
         _show_benchmark(measured.report)
         _show_files(measured.write(out), out)
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -642,27 +602,18 @@ def search(
     ] = False,
     port: Annotated[int, typer.Option(min=0, help="Of the web page. 0: any.")] = 0,
     device: DeviceOption = "cpu",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with data sets, for tasks that need one.",
-            envvar="TORCHDYN_SNOPT_DATA",
-            exists=True,
-            file_okay=False,
-        ),
-    ] = None,
+    data_dir: DataOption = None,
 ) -> None:
     """Compare SNOpt's policy for t1 with Optuna's searches; leaves a table, a report and pictures.
 
     Started again, it goes on where it was, and adds nothing once all trials have ended. Ctrl-C
     leaves a study that goes on.
     """
-    from torchdyn_snopt.errors import SNOptError
     from torchdyn_snopt.experiments.search import SearchRequest, parse_arms, run_search
     from torchdyn_snopt.experiments.search_display import search_display
     from torchdyn_snopt.experiments.tasks import get_task
 
-    try:
+    with _answered():
         wanted = {
             "arms": parse_arms(arms),
             "trials": trials,
@@ -687,10 +638,6 @@ def search(
             port=port,
         )
         outcome = run_search(request, search_display(console), lambda line: console.print(line))
-    except SNOptError as error:
-        _fail(error)
-    except OSError as error:
-        _fail_on_file(error)
     _show_search(outcome, request)
 
 
@@ -719,6 +666,19 @@ def _show_search(outcome: SearchOutcome, request: SearchRequest) -> None:
 
 
 # --- errors ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What the user has to mend ends the command in a message."""
+    from torchdyn_snopt.errors import SNOptError
+
+    try:
+        yield
+    except SNOptError as error:
+        _fail(error)
+    except OSError as error:
+        _fail_on_file(error)
 
 
 def _fail(error: SNOptError) -> NoReturn:
