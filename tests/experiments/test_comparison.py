@@ -10,6 +10,7 @@ from torchdyn.core import NeuralODE
 from tests.experiments.tiny import TINY, load
 from torchdyn_snopt.adjoint.recursive import recursive_adjoint, recursive_product
 from torchdyn_snopt.experiments.reproduce import REPRODUCTIONS, Request, comparison, timing
+from torchdyn_snopt.experiments.reproduce.solves import solves_of
 from torchdyn_snopt.experiments.tasks import get_task
 
 
@@ -112,9 +113,9 @@ def test_a_recursive_product_is_a_row_of_the_recursive_hessian():
     assert torch.allclose(flat(product), whole.Quu @ flat(direction), atol=1e-6)
 
 
-def test_the_first_solve_of_a_model_is_found():
+def test_the_solves_of_a_model_are_found():
     model = TINY.build_model("snopt", 1e-2)
     x = load().train.x
-    node, start = timing.first_solve(model, x)
+    ((node, start),) = solves_of(model, x)
     assert isinstance(node, NeuralODE)
     assert torch.equal(start, model[0](x))

@@ -18,6 +18,7 @@ from torchdyn_snopt.experiments.curves import Run, by_label, read_run
 from torchdyn_snopt.experiments.figures import PANEL, STYLES, draw_tasks
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.reproduce import paper
+from torchdyn_snopt.experiments.reproduce.solves import solves_of
 from torchdyn_snopt.experiments.reproduce.study import (
     Request,
     Study,
@@ -185,20 +186,7 @@ def regularization(model: nn.Module, inputs: Tensor) -> float:
     Returns:
         The mean over the batch.
     """
-    solves: list[tuple[NeuralODE, Tensor]] = []
-
-    def keep(node: NeuralODE, arguments: tuple[Tensor, ...]) -> None:
-        solves.append((node, arguments[0].detach()))
-
-    nodes = [module for module in model.modules() if isinstance(module, NeuralODE)]
-    handles = [node.register_forward_pre_hook(keep) for node in nodes]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(_along(node, x) for node, x in solves)
+    return sum(_along(node, x) for node, x in solves_of(model, inputs))
 
 
 def _along(node: NeuralODE, x: Tensor) -> float:

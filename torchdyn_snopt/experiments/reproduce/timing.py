@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torchdyn.core import NeuralODE
 
 from torchdyn_snopt import SNOpt
 from torchdyn_snopt.adjoint.recursive import recursive_product
@@ -19,6 +17,7 @@ from torchdyn_snopt.experiments.figures import PANEL
 from torchdyn_snopt.experiments.meters import Clock
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.reproduce import paper
+from torchdyn_snopt.experiments.reproduce.solves import solves_of
 from torchdyn_snopt.experiments.reproduce.study import Request, Study, Table, write_study
 
 BLOCK = 10  # iterations of a turn: refreshes of the curvature are spread over them
@@ -157,38 +156,12 @@ FIGURE8 = Timing("fig8", _measure_iterations)
 # --- Figure 11 ------------------------------------------------------------------------------------
 
 
-def first_solve(model: nn.Module, inputs: Tensor) -> tuple[NeuralODE, Tensor]:
-    """The first neural ODE of a model that is called, and the state that it starts from.
-
-    Args:
-        model: The model.
-        inputs: A batch.
-
-    Returns:
-        Both.
-    """
-    solves: list[tuple[NeuralODE, Tensor]] = []
-
-    def keep(node: NeuralODE, arguments: tuple[Tensor, ...]) -> None:
-        solves.append((node, arguments[0].detach()))
-
-    nodes = [module for module in model.modules() if isinstance(module, NeuralODE)]
-    handles = [node.register_forward_pre_hook(keep) for node in nodes]
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return solves[0]
-
-
 def _measure_recursion(request: Request, tell: Tell) -> tuple[Table, Figure]:
     task = request.task
     torch.manual_seed(0)
     model = task.build_model("snopt", task.tolerance).to(request.device)
     train = task.load(request.data_dir).train.to(request.device)
-    node, x = first_solve(model, train.x[: task.batch_size])
+    node, x = solves_of(model, train.x[: task.batch_size])[0]
     ends = [0.0, 1.0] if node.t_span is None else [float(t) for t in node.t_span]
     optimizer = SNOpt(node, lr=0.0)  # every turn sees the same field
     parameters = [p for p in node.parameters() if p.requires_grad]

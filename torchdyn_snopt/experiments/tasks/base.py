@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
+from torchdyn.nn import DepthCat
 
 from torchdyn_snopt import SNOptSensitivity
 from torchdyn_snopt.errors import InvalidInputError
@@ -152,6 +153,24 @@ class Last(nn.Module):
             Its last entry.
         """
         return states[-1]
+
+
+def convolutional_field(channels: int) -> nn.Module:
+    """The field of the image classifiers: two 3x3 convolutions with t concatenated, tanh between.
+
+    Args:
+        channels: Of the state ``[batch, channels, height, width]``.
+
+    Returns:
+        A new module.
+    """
+    return nn.Sequential(
+        DepthCat(1),
+        nn.Conv2d(channels + 1, channels, 3, padding=1),
+        nn.Tanh(),
+        DepthCat(1),
+        nn.Conv2d(channels + 1, channels, 3, padding=1),
+    )
 
 
 def neural_ode(

@@ -13,7 +13,6 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
-from torchdyn.nn import DepthCat
 
 from torchdyn_snopt.experiments.tasks.base import (
     ACCURACY,
@@ -22,6 +21,7 @@ from torchdyn_snopt.experiments.tasks.base import (
     Sensitivity,
     Splits,
     Task,
+    convolutional_field,
     neural_ode,
 )
 
@@ -62,13 +62,7 @@ def build_model(sensitivity: Sensitivity = "snopt", tolerance: float = 1e-3) -> 
     Returns:
         A new model.
     """
-    field = nn.Sequential(
-        DepthCat(1),
-        nn.Conv2d(CHANNELS + 1, CHANNELS, 3, padding=1),
-        nn.Tanh(),
-        DepthCat(1),
-        nn.Conv2d(CHANNELS + 1, CHANNELS, 3, padding=1),
-    )
+    field = convolutional_field(CHANNELS)
     return nn.Sequential(
         nn.Conv2d(1, CHANNELS, 3, stride=2, padding=1),  # 8x8 -> 4x4
         nn.ReLU(),

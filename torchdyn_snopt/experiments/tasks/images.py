@@ -13,10 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchdyn.nn import DepthCat
 
 from torchdyn_snopt.experiments.data import Array, load_arrays
-from torchdyn_snopt.experiments.tasks.base import Last, Samples, Sensitivity, Splits, neural_ode
+from torchdyn_snopt.experiments.tasks.base import (
+    Last,
+    Samples,
+    Sensitivity,
+    Splits,
+    convolutional_field,
+    neural_ode,
+)
 
 CLASSES = 10
 CHANNELS = 64
@@ -74,13 +80,7 @@ def classifier(colours: int, sensitivity: Sensitivity, tolerance: float) -> nn.M
     Returns:
         A new model.
     """
-    field = nn.Sequential(
-        DepthCat(1),
-        nn.Conv2d(CHANNELS + 1, CHANNELS, 3, padding=1),
-        nn.Tanh(),
-        DepthCat(1),
-        nn.Conv2d(CHANNELS + 1, CHANNELS, 3, padding=1),
-    )
+    field = convolutional_field(CHANNELS)
     return nn.Sequential(
         Standardize(),
         nn.Conv2d(colours, CHANNELS, 3),
