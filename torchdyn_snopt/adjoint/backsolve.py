@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from torchdyn_snopt.adjoint.along import as_columns, times_sample
 from torchdyn_snopt.adjoint.batched import batched_gradients
 from torchdyn_snopt.adjoint.free_columns import free_columns, with_owner
 from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
@@ -53,6 +54,8 @@ class AdjointSystem(System):
         tape: LayerTape,
         rank: int = 0,
         free: FreeColumns | None = None,
+        *,
+        along: bool = False,
     ) -> None:
         """Set up.
 
@@ -63,8 +66,9 @@ class AdjointSystem(System):
             tape: records the layers that somebody wants; idle if nobody does.
             rank: R, the number of columns.
             free: gives the columns p of parameters that no layer owns, if they are wanted.
+            along: whether a itself stands for the only column; see `along.multiples`.
         """
-        self.rank, self.free = rank, free
+        self.rank, self.free, self.along = rank, free, along
         self.field, self.shape, self.n = problem.field, shape, math.prod(shape)
         self.problem = problem
         tableau = problem.backward.tableau
@@ -137,13 +141,15 @@ class AdjointSystem(System):
         if self.rank:
             edges = [record.edge for record in records]
             columns = self._column_products(f, x, y[2 * n :], edges, out)
+        elif self.along:
+            columns = as_columns(gradients[1 + len(thetas) :])
         if out is not None:
             out[:n].view(shape).copy_(f.detach())
             _write_negative(gradients[0], out[n : 2 * n])
         end = 1 + len(thetas)
         uses = group_uses(records, gradients[end:], columns)
         if self.free is not None and curvature:
-            q = y[2 * n :].view(self.rank, *shape)
+            q = y[n if self.along else 2 * n :].view(-1, *shape)
             uses.update(self.free.uses(t, x, q, records, columns))
         return list(gradients[1:end]), uses
 
@@ -272,6 +278,7 @@ def solve_backward(
     time_gradients: bool,
     columns: Tensor | None = None,
     ranks: dict[Source, int] | None = None,
+    factor: Tensor | None = None,
 ) -> Gradients:
     """Integrate x and a from t1 to t0, and with them the columns if there are any.
 
@@ -284,6 +291,7 @@ def solve_backward(
         columns: seeds of the terminal curvature at each time ``[R, T, *x.shape]``, or None; they
             are no part of the error norm.
         ranks: number of columns of each source.
+        factor: given where the only column is that multiple of each sample's adjoint.
 
     Returns:
         The gradients.
@@ -294,8 +302,10 @@ def solve_backward(
     tape = LayerTape()
     free = free_columns(problem, tape, shape) if columns is not None else None
     sums = PassSums(with_owner(wanted, free), problem.batch, ranks)
+    if factor is not None:
+        columns = None
     rank = 0 if columns is None else len(columns)
-    system = AdjointSystem(problem, shape, sums, tape, rank, free)
+    system = AdjointSystem(problem, shape, sums, tape, rank, free, along=factor is not None)
 
     def arriving(i: int) -> Tensor:
         """What the loss adds to (a, q) at a time."""
@@ -333,7 +343,10 @@ def solve_backward(
             if problem.field.running_cost is not None:
                 dt[-1] += problem.field.cost(times[-1], states[-1])
                 dt[0] -= problem.field.cost(times[0], states[0])
-    sums.deliver(times[-1] - times[0])
+    sums.deliver(times[-1] - times[0], factor)
     parameters = system.total.total or [None] * len(problem.field.parameters)
     adjoints = (y[n:] + arriving(0)).view(1 + rank, *shape)
-    return Gradients(adjoints[0], dt, parameters, adjoints[1:] if rank else None)
+    first = adjoints[1:] if rank else None
+    if factor is not None:
+        first = times_sample(factor, adjoints[0]).unsqueeze(0)
+    return Gradients(adjoints[0], dt, parameters, first)

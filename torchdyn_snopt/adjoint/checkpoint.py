@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from torchdyn_snopt.adjoint.along import as_columns, times_sample
 from torchdyn_snopt.adjoint.batched import batched_gradients
 from torchdyn_snopt.adjoint.free_columns import free_columns, with_owner
 from torchdyn_snopt.adjoint.gradients import Gradients, vector_jacobian
@@ -53,6 +54,8 @@ class Replay:
         sums: PassSums,
         tape: LayerTape,
         free: FreeColumns | None = None,
+        *,
+        along: bool = False,
     ) -> None:
         """Set up.
 
@@ -62,9 +65,10 @@ class Replay:
             sums: takes the curvature.
             tape: records the wanted layers.
             free: gives the columns p of parameters that no layer owns, if they are wanted.
+            along: whether a itself stands for the only column; see `along.multiples`.
         """
         self.problem, self.shape, self.sums, self.tape = problem, shape, sums, tape
-        self.free = free
+        self.free, self.along = free, along
         self.tableau = problem.forward.tableau
         self.total = WeightedSum()
         #: Columns of the loss's curvature, pulled back along with a, or None.
@@ -89,7 +93,8 @@ class Replay:
             t, dt = self._scaled(saved, ends)
             x1, cost, stages = self._forward(t, dt, x)
         edges = [record.edge for stage in stages for record in stage.records]
-        inputs = (x, *field.parameters, *(ends or ()), *edges)
+        stage_ends = [stage.f for stage in stages] if self.along and self.free else []
+        inputs = (x, *field.parameters, *(ends or ()), *edges, *stage_ends)
         outputs, seeds = [x1], [a]
         if cost is not None:
             outputs.append(cost)
@@ -97,7 +102,13 @@ class Replay:
         gradients = vector_jacobian(outputs, inputs, seeds, retain_graph=self.columns is not None)
         n_params, n_ends = len(field.parameters), len(ends or ())
         self.total.add(gradients[1 : 1 + n_params], 1.0)
-        self._collect(stages, gradients[1 + n_params + n_ends :], x1, x, abs(saved.dt))
+        at_layers = gradients[1 + n_params + n_ends :][: len(edges)]
+        if self.along:
+            columns = as_columns(at_layers)
+            at_stages = as_columns(gradients[len(gradients) - len(stage_ends) :])
+        else:
+            columns, at_stages = self._pull_columns(stages, x1, x)
+        self._collect(stages, at_layers, columns, at_stages, abs(saved.dt))
         a0 = torch.zeros_like(a) if gradients[0] is None else gradients[0]
         return a0, list(gradients[1 + n_params : 1 + n_params + n_ends])
 
@@ -141,17 +152,16 @@ class Replay:
         self,
         stages: list[_Stage],
         gradients: Sequence[Tensor | None],
-        x1: Tensor,
-        x: Tensor,
+        columns: Sequence[Tensor | None],
+        at_stages: Sequence[Tensor | None],
         dt: float,
     ) -> None:
         """The gradient at stage i is dt bᵢ g, so that B takes it with weight 1/(dt bᵢ).
 
         Columns p take it as it is, and from stages with bᵢ = 0 too: theirs is the exact derivative.
         """
-        columns, at_stages = self._pull_columns(stages, x1, x)
         start = 0
-        for stage, q in zip(stages, at_stages, strict=True):
+        for stage, q in zip(stages, at_stages or [None] * len(stages), strict=True):
             stop = start + len(stage.records)
             if (stage.b != 0.0 or self.sums.per_sample) and (stage.records or self.free):
                 seen = columns[start:stop]
@@ -186,6 +196,7 @@ def replay_backward(
     time_gradients: bool,
     columns: Tensor | None = None,
     ranks: dict[Source, int] | None = None,
+    factor: Tensor | None = None,
 ) -> Gradients:
     """Differentiate the discrete solution.
 
@@ -197,6 +208,7 @@ def replay_backward(
         time_gradients: whether dL/dt is needed.
         columns: seeds of the terminal curvature at each time ``[R, T, *x.shape]``, or None.
         ranks: number of columns of each source.
+        factor: given where the only column is that multiple of each sample's adjoint.
 
     Returns:
         The gradients.
@@ -208,8 +220,10 @@ def replay_backward(
     tape, shape = LayerTape(), grad_states.shape[1:]
     free = free_columns(problem, tape, shape) if columns is not None else None
     sums = PassSums(with_owner(wanted, free), problem.batch, ranks)
-    replay = Replay(problem, shape, sums, tape, free)
+    replay = Replay(problem, shape, sums, tape, free, along=factor is not None)
     a = grad_states[-1]
+    if factor is not None:
+        columns = None
     replay.columns = None if columns is None else columns[:, -1]
     dt = grad_states.new_zeros(len(times)) if time_gradients else None
     with ExitStack() as stack:
@@ -235,9 +249,10 @@ def replay_backward(
             steps=problem.stats.backward.accepted,
             norms={"a": float(torch.linalg.vector_norm(a))},
         )
-    sums.deliver(problem.horizon)
+    sums.deliver(problem.horizon, factor)
     parameters = replay.total.total or [None] * len(problem.field.parameters)
-    return Gradients(a, dt, parameters, replay.columns)
+    first = replay.columns if factor is None else times_sample(factor, a).unsqueeze(0)
+    return Gradients(a, dt, parameters, first)
 
 
 def _leaves(times: tuple[float, ...], like: Tensor) -> tuple[Tensor, Tensor]:

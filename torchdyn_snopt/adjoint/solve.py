@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.autograd import Function
 
+from torchdyn_snopt.adjoint.along import multiples
 from torchdyn_snopt.adjoint.backsolve import solve_backward
 from torchdyn_snopt.adjoint.checkpoint import replay_backward
 from torchdyn_snopt.adjoint.forward import Trajectory, solve_forward
@@ -141,6 +142,7 @@ def _differentiate(
     collectors = active_collectors()
     wanted = wanted_layers(problem.field.modules(), collectors) if collectors else {}
     problem.stats.backward = PhaseStats()
+    factor = multiples(problem, wanted, grad_states, columns)
     checkpoint = problem.sensitivity.adjoint == "checkpoint" and problem.forward.foreign is None
     differentiate = replay_backward if checkpoint else solve_backward
     with _hooks_seen(problem.field) if wanted else nullcontext():
@@ -152,6 +154,7 @@ def _differentiate(
             time_gradients=time_gradients,
             columns=columns,
             ranks=ranks,
+            factor=factor,
         )
 
 

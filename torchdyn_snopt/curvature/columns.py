@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Ranks = dict["Source", int]
 
+# Entries of a linear layer's inputs and columns that wait for their product.
+WAITING = 2**20
+
 
 class ColumnSums:
     """The columns of one layer, or of free parameters, summed over the stages of a pass."""
@@ -45,6 +48,8 @@ class ColumnSums:
         self.is_free = isinstance(owner, FreeParameters)
         self.totals: list[Tensor] = []
         self.samples = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._entries = 0
 
     def add(
         self, uses: Sequence[Use], batch: int, weight: float, gradient_weight: float | None = None
@@ -64,35 +69,67 @@ class ColumnSums:
         # The rest belongs to the free parameters.
         taken = self.is_free or all(apart(use, batch) for use in uses)
         for use in uses if taken else ():
-            parts = self._parts(use)
-            if not self.totals:
-                self.totals = [part * factor for part in parts]
+            columns = use.columns
+            assert columns is not None
+            if factor != 1.0:
+                columns = columns * factor
+            if isinstance(self.owner, nn.Linear) and use.z.dim() == 2:
+                self._wait(use.z, columns)
             else:
-                torch._foreach_add_(self.totals, parts, alpha=factor)
+                self._sum(self._parts(use, columns))
         self.samples = batch
         return batch
 
-    def _parts(self, use: Use) -> list[Tensor]:
-        assert use.columns is not None
+    def _sum(self, parts: list[Tensor]) -> None:
+        if self.totals:
+            torch._foreach_add_(self.totals, parts)
+        else:
+            self.totals = [part.contiguous() for part in parts]
+
+    def _wait(self, z: Tensor, columns: Tensor) -> None:
+        """Keep inputs and columns of stages until one product for each sample is worth it."""
+        self._waiting.append((z, columns))
+        self._entries += z.numel() + columns.numel()
+        if self._entries >= WAITING:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """The stages of a sample as the positions of one layer's input."""
+        if not self._waiting:
+            return
+        z = torch.stack([z for z, _ in self._waiting], 1)  # [N, S, in]
+        columns = torch.stack([g for _, g in self._waiting], 2)  # [R, N, S, out]
+        self._waiting, self._entries = [], 0
+        self._sum(self._by_parameter(layer_columns(self.owner, z, columns)))
+
+    def _parts(self, use: Use, columns: Tensor) -> list[Tensor]:
         if isinstance(self.owner, FreeParameters):
             sizes = [p.numel() for p in self.parameters]
-            lead = use.columns.shape[:2]
-            split = use.columns.split(sizes, -1)
+            lead = columns.shape[:2]
+            split = columns.split(sizes, -1)
             return [s.reshape(*lead, *p.shape) for s, p in zip(split, self.parameters, strict=True)]
-        weight, bias = layer_columns(use.module or self.owner, use.z, use.columns)
-        both = {id(self.owner.weight): weight, id(self.owner.bias): bias}
+        return self._by_parameter(layer_columns(use.module or self.owner, use.z, columns))
+
+    def _by_parameter(self, columns: tuple[Tensor, Tensor]) -> list[Tensor]:
+        assert not isinstance(self.owner, FreeParameters)
+        both = {id(self.owner.weight): columns[0], id(self.owner.bias): columns[1]}
         return [both[id(p)] for p in self.parameters]
 
-    def close(self, samples: int, batch: int, horizon: float) -> None:
+    def close(self, samples: int, batch: int, horizon: float, factor: Tensor | None = None) -> None:
         """Give the columns the sign of the integral from t0 to t1; see `LayerSums.close`.
 
         Args:
             samples: samples of the layer.
             batch: samples in the batch.
             horizon: t1 − t0, negative down in time.
+            factor: of each sample's columns ``[N]``, for those that lack it.
         """
+        self._multiply()
         if horizon < 0.0 and self.totals:
             torch._foreach_neg_(self.totals)
+        if factor is not None:
+            for total in self.totals:
+                total.mul_(factor.view(-1, *[1] * (total.dim() - 2)))
 
 
 class ColumnCollector(Collector):
@@ -249,7 +286,7 @@ def layer_columns(module: LayerModule, z: Tensor, g: Tensor) -> tuple[Tensor, Te
         g = g.reshape(rank, batch, -1, g.shape[-1])
         if z.shape[1] == 1:
             return g.mT * z, g[:, :, 0]
-        return torch.einsum("rbso,bsi->rboi", g, z), g.sum(2)
+        return g.mT @ z, g.sum(2)
     rows = patch_rows(module, z, batch).values
     columns = gradient_rows(module, g.flatten(0, 1), rank * batch, "expand").values
     if module.groups == 1:

@@ -216,13 +216,14 @@ class LayerSums:
         rows = [gradient_rows(self.module, g, batch, sharing).values for g in columns]
         return torch.cat(rows, -2)
 
-    def close(self, samples: int, batch: int, horizon: float) -> None:
+    def close(self, samples: int, batch: int, horizon: float, factor: Tensor | None = None) -> None:
         """Count the samples of a finished backward pass.
 
         Args:
             samples: what `add` returned in this pass.
             batch: samples in the model's batch.
             horizon: t1 − t0 of the pass; 1 outside an ODE.
+            factor: never given here: samples are no longer apart.
         """
         self._samples += samples
         self._batch += batch

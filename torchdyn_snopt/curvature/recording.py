@@ -120,13 +120,14 @@ class Sums(Protocol):
             Samples of the layer.
         """
 
-    def close(self, samples: int, batch: int, horizon: float) -> None:
+    def close(self, samples: int, batch: int, horizon: float, factor: Tensor | None = None) -> None:
         """Count the samples of the finished pass.
 
         Args:
             samples: of the layer.
             batch: of the model.
             horizon: t1 − t0, negative down in time.
+            factor: of each sample's columns ``[N]``; only sums by sample are given one.
         """
 
 
@@ -177,14 +178,15 @@ class PassSums:
                     layer_uses, self.batch, weight, gradient_weight
                 )
 
-    def deliver(self, horizon: float) -> None:
+    def deliver(self, horizon: float, factor: Tensor | None = None) -> None:
         """Hand everything to the collectors.
 
         Args:
             horizon: t1 − t0, negative where columns were summed with |dt| down in time.
+            factor: one for each sample, that its columns still lack.
         """
         for (module, collector), sums in self._sums.items():
-            sums.close(self._samples[module, collector], self.batch, horizon)
+            sums.close(self._samples[module, collector], self.batch, horizon, factor)
             collector.absorb(module, sums)
 
 
