@@ -103,6 +103,8 @@ class Replay:
         n_params, n_ends = len(field.parameters), len(ends or ())
         self.total.add(gradients[1 : 1 + n_params], 1.0)
         at_layers = gradients[1 + n_params + n_ends :][: len(edges)]
+        columns: Sequence[Tensor | None]
+        at_stages: Sequence[Tensor | None]
         if self.along:
             columns = as_columns(at_layers)
             at_stages = as_columns(gradients[len(gradients) - len(stage_ends) :])

@@ -97,6 +97,7 @@ class ColumnSums:
         """The stages of a sample as the positions of one layer's input."""
         if not self._waiting:
             return
+        assert not isinstance(self.owner, FreeParameters)
         z = torch.stack([z for z, _ in self._waiting], 1)  # [N, S, in]
         columns = torch.stack([g for _, g in self._waiting], 2)  # [R, N, S, out]
         self._waiting, self._entries = [], 0

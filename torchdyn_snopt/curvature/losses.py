@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from torchdyn_snopt.curvature.registry import seeded_collectors, wanted_columns
-from torchdyn_snopt.curvature.seeds import Source, carry, in_trial
+from torchdyn_snopt.curvature.seeds import Held, Source, carry, current_trial
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -59,9 +59,17 @@ class _Seeded:
         columns: Callable[[ColumnKind], list[Tensor]],
     ) -> Tensor:
         """The value, tied to columns that leave with its backward pass, if anybody wants them."""
-        if in_trial() and value.requires_grad:
-            value = _End.apply(value)
-            return value
+        held = current_trial()
+        if held is not None and value.requires_grad:
+            return _ended(self._tied(value, outputs, columns), held)
+        return self._tied(value, outputs, columns)
+
+    def _tied(
+        self,
+        value: Tensor,
+        outputs: Sequence[Tensor],
+        columns: Callable[[ColumnKind], list[Tensor]],
+    ) -> Tensor:
         kind = wanted_columns()
         if kind is None or not torch.is_grad_enabled() or not value.requires_grad:
             return value
@@ -88,15 +96,23 @@ class _Seeded:
 
 
 class _End(Function):
-    """The identity on the loss's value; its backward pass goes no further."""
+    """The identity on the loss's value; its backward pass goes no further, unless it is let."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
+    def forward(ctx: Any, end: Tensor, value: list[Tensor], held: Held) -> Tensor:
+        ctx.value, ctx.held = value, held
+        return end.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_value: Tensor) -> None:
-        return None
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[None, None, None]:
+        ctx.held.add(*ctx.value, grad_value)
+        return None, None, None
+
+
+def _ended(value: Tensor, held: Held) -> Tensor:
+    # Cut off: autograd would run the nodes behind a gradient of None, with zeros.
+    end: Tensor = _End.apply(value.detach().requires_grad_(), [value], held)
+    return end
 
 
 class _Seed(Function):

@@ -121,29 +121,55 @@ def carrying() -> bool:
     return bool(getattr(_thread, "depth", 0))
 
 
+class Held:
+    """Backward passes that have ended at a loss, and may go on later."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._values: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+
+    def add(self, value: Tensor, gradient: Tensor) -> None:
+        """Hold a pass.
+
+        Args:
+            value: of the loss, with its graph.
+            gradient: what has arrived there.
+        """
+        self._values.append(value)
+        self._gradients.append(gradient)
+
+    def go_on(self) -> None:
+        """Let the passes go on, to the gradients of everything behind the losses."""
+        values, gradients = self._values, self._gradients
+        self._values, self._gradients = [], []
+        if values:
+            torch.autograd.backward(values, gradients)
+
+
 @contextmanager
-def trial() -> Iterator[None]:
+def trial() -> Iterator[Held]:
     """Losses are asked for their value alone: a backward pass from one ends there.
 
     So a closure that calls ``backward`` costs a forward pass only.
 
     Yields:
-        Nothing.
+        The passes that have ended.
     """
-    _thread.trial = True
+    _thread.trial = Held()
     try:
-        yield
+        yield _thread.trial
     finally:
-        _thread.trial = False
+        _thread.trial = None
 
 
-def in_trial() -> bool:
-    """Whether this thread is inside `trial`.
+def current_trial() -> Held | None:
+    """The `trial` that this thread is inside of.
 
     Returns:
-        True if so.
+        None outside.
     """
-    return bool(getattr(_thread, "trial", False))
+    return getattr(_thread, "trial", None)
 
 
 def carry(outputs: Sequence[Tensor], columns: Sequence[Tensor], sources: dict[Source, int]) -> None:

@@ -10,7 +10,12 @@ from torchdyn_snopt.errors import InvalidInputError
 PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac", "low_rank")
 
 # Settings of 'low_rank' as the others carry them; their fallback has the learning rate itself.
-_UNUSED: dict[str, Any] = {"max_columns": 4096, "damping_decay": 1.0, "fallback_scale": 1.0}
+_UNUSED: dict[str, Any] = {
+    "max_columns": 4096,
+    "inner_steps": 1,
+    "damping_decay": 1.0,
+    "fallback_scale": 1.0,
+}
 
 # What an argument left at None becomes.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -65,6 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_sharing": "expand",
         "curvature": "ggn",
         "max_columns": 4096,
+        "inner_steps": 1,
         "damping_decay": 0.97,
         "fallback_scale": 1e-3,
     },
@@ -97,6 +103,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _COUNTS: dict[str, tuple[str, int]] = {
     "update_freq": ("the interval between curvature refreshes is no count of steps", 5),
     "max_columns": ("the limit on columns is no count", 4096),
+    "inner_steps": ("the number of steps on one batch is no count", 5),
 }
 
 # name: (lowest, lowest allowed, highest, highest allowed)

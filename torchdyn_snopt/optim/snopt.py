@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torchdyn_snopt.curvature.factors import CurvatureSpec, Totals
 from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.curvature.outside import OutsideRecorder
 from torchdyn_snopt.curvature.registry import Collector, take_failed
-from torchdyn_snopt.curvature.seeds import trial
+from torchdyn_snopt.curvature.seeds import Held, trial
 from torchdyn_snopt.errors import SNOptError, SolverError, UnsupportedError, check_instance
 from torchdyn_snopt.optim import fallback as fallbacks
 from torchdyn_snopt.optim.arguments import (
@@ -50,6 +50,22 @@ if TYPE_CHECKING:
 
 Group = dict[str, Any]
 Closure = Callable[[], float]
+
+
+class Behind(NamedTuple):
+    """What a closure has found behind a step.
+
+    Attributes:
+        loss: NaN where it could not be evaluated.
+        held: its backward pass.
+        gradients: of each parameter, from what has not waited in ``held``.
+    """
+
+    loss: float
+    held: Held
+    gradients: list[Tensor | None]
+
+
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -81,6 +97,8 @@ class SNOpt(Optimizer):
         reduction: how the loss combines samples, 'mean' or 'sum'.
         max_columns: for 'low_rank', limit on samples × seeds of a batch; a step keeps that many
             columns of the size of the parameters, and works on min(columns, parameters)² numbers.
+        inner_steps: for 'low_rank' with a closure, at most so many steps on one batch. The solve
+            that judges one of them is the forward pass of the next.
         damping_decay: for 'low_rank' without a closure: λ shrinks by this factor at each step.
             With a closure λ follows the ratio of actual to predicted reduction.
         fallback_scale: learning rate of the fallback, relative to lr.
@@ -120,6 +138,7 @@ class SNOpt(Optimizer):
         fallback: Literal["sgd", "adam"] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         max_columns: int | None = None,
+        inner_steps: int | None = None,
         damping_decay: float | None = None,
         fallback_scale: float | None = None,
         maximize: bool = False,
@@ -151,6 +170,7 @@ class SNOpt(Optimizer):
             "fallback": fallback,
             "reduction": reduction,
             "max_columns": max_columns,
+            "inner_steps": inner_steps,
             "damping_decay": damping_decay,
             "fallback_scale": fallback_scale,
             "maximize": maximize,
@@ -280,15 +300,13 @@ class SNOpt(Optimizer):
             return loss
         self.report = {}
         for group, collector, recorder in self._groups():
-            if collector.active:
+            if collector.active and not isinstance(collector, ColumnCollector):
                 started = perf_counter()
                 recorder.deliver()
-                if isinstance(collector, ColumnCollector):
-                    absorb_columns(group, collector, self.state)
-                else:
-                    self._refresh(group, collector)
+                self._refresh(group, collector)
                 collector.clear()
                 self.curvature_seconds += perf_counter() - started
+        self._absorb_columns()
         self._low_rank_steps(closure, loss)
         for group, collector, recorder in self._groups():
             self._move(group)
@@ -302,13 +320,64 @@ class SNOpt(Optimizer):
         )
         return loss
 
+    def _absorb_columns(self) -> None:
+        for group, collector, recorder in self._groups():
+            if collector.active and isinstance(collector, ColumnCollector):
+                started = perf_counter()
+                recorder.deliver()
+                absorb_columns(group, collector, self.state)
+                collector.clear()
+                self.curvature_seconds += perf_counter() - started
+
     def _low_rank_steps(self, closure: Closure | None, loss: float | None) -> None:
-        """Step all 'low_rank' groups; with a closure, see what the loss says to it."""
+        """Step all 'low_rank' groups; with a closure, several times, and see what the loss says."""
         groups = [group for group in self.param_groups if group["preconditioner"] == "low_rank"]
-        steps = [LowRankStep(group, self.state) for group in groups]
-        steps = [step for step in steps if step.params]
-        if not steps:
+        if not groups:
             return
+        self._check_low_rank()
+        if closure is None or loss is None:
+            for step in self._new_steps(groups):
+                step.apply(self.report)
+                step.keep()
+                decay_damping(step.group)
+            return
+        before, taken = _number(loss), 0
+        last = max(group["inner_steps"] for group in groups) - 1
+        for number in range(last + 1):
+            steps = self._new_steps(groups)
+            behind = self._try(steps, closure, before, keep=number < last) if steps else None
+            taken += behind is not None
+            if behind is None or number == last or not self._go_on(behind):
+                break
+            before = behind.loss
+        self.report["inner_steps"] = float(taken)
+
+    def _new_steps(self, groups: list[Group]) -> list[LowRankStep]:
+        steps = [LowRankStep(group, self.state) for group in groups]
+        return [step for step in steps if step.params]
+
+    def _try(
+        self, steps: list[LowRankStep], closure: Closure, before: float, *, keep: bool
+    ) -> Behind | None:
+        """Step with growing λ until the loss falls; None when it never does."""
+        for number in range(TRIALS):
+            predicted = sum(step.apply(self.report) for step in steps)
+            behind = self._behind(closure, keep=keep)
+            reduction = behind.loss - before if steps[0].group["maximize"] else before - behind.loss
+            ratio = reduction / max(predicted, 1e-300) if math.isfinite(behind.loss) else -math.inf
+            self.report |= {"reduction_ratio": ratio, "trials": number + 1.0}
+            for step in steps:
+                floor = SQUARED * step.system.trace
+                step.group["damping"] = next_damping(step.group["damping"], ratio, floor)
+            if ratio > 0.0:
+                for step in steps:
+                    step.keep()
+                return behind
+            for step in steps:
+                step.take_back()
+        return None
+
+    def _check_low_rank(self) -> None:
         if self._ranks.size > 1 or self._loss_scale != 1.0:
             scaled = "a GradScaler" if self._loss_scale != 1.0 else f"{self._ranks.size} ranks"
             raise UnsupportedError(
@@ -317,47 +386,54 @@ class SNOpt(Optimizer):
                 allowed="'kfe_adam', 'kfac' and 'ekfac'",
                 do="choose one of these, or train in one process and in float32 or bfloat16",
             )
-        for number in range(TRIALS if closure is not None else 1):
-            predicted = sum(step.apply(self.report) for step in steps)
-            if closure is None or loss is None:
-                for step in steps:
-                    decay_damping(step.group)
-                break
-            ratio = self._reduction(closure, _number(loss), steps[0].group) / max(predicted, 1e-300)
-            self.report |= {"reduction_ratio": ratio, "trials": number + 1.0}
-            for step in steps:
-                floor = SQUARED * step.system.trace
-                step.group["damping"] = next_damping(step.group["damping"], ratio, floor)
-            if ratio > 0.0:
-                break
-            for step in steps:
-                step.take_back()
-        else:
-            return
-        for step in steps:
-            step.keep()
 
-    def _reduction(self, closure: Closure, before: float, group: Group) -> float:
-        """By how much the loss of the closure has fallen; −∞ where it cannot be evaluated."""
+    def _behind(self, closure: Closure, *, keep: bool) -> Behind:
+        """The loss of the closure where θ is now; the backward pass waits if it is kept."""
         active = [collector.active for collector in self._collectors]
         gradients = [(p, p.grad) for p in self._parameters()]
         for collector, recorder in zip(self._collectors, self._recorders, strict=True):
-            collector.active = False
-            recorder.stop()
+            collector.active = collector.active and keep and isinstance(collector, ColumnCollector)
+            if not collector.active:
+                recorder.stop()
+            collector.clear()
+            recorder.clear()
         for p, _ in gradients:
             p.grad = None
+        after, held = math.nan, Held()
+        left: list[Tensor | None] = []
         try:
-            with trial(), torch.enable_grad():
+            with trial() as held, torch.enable_grad():
                 after = _number(closure())
+            left = [p.grad for p, _ in gradients]
         except SolverError:
-            return -math.inf
+            pass
         finally:
             for p, gradient in gradients:
                 p.grad = gradient
             for collector, was in zip(self._collectors, active, strict=True):
                 collector.active = was
-        reduction = after - before if group["maximize"] else before - after
-        return reduction if math.isfinite(after) else -math.inf
+        return Behind(after, held, left)
+
+    def _go_on(self, behind: Behind) -> bool:
+        """Gradients and columns behind a step that has been taken; False when there are none."""
+        params = self._parameters()
+        gradients = [p.grad for p in params]
+        for p, gradient in zip(params, behind.gradients, strict=True):
+            p.grad = gradient
+        active = [collector.active for collector in self._collectors]
+        for collector in self._collectors:
+            collector.active = collector.active and isinstance(collector, ColumnCollector)
+        with torch.enable_grad():
+            behind.held.go_on()
+        for collector, was in zip(self._collectors, active, strict=True):
+            collector.active = was
+        if self._failed():
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+            self._forget()
+            return False
+        self._absorb_columns()
+        return True
 
     def _overflowed(self) -> bool:
         """What a GradScaler has put on the optimizer; gradients are unscaled, curvature later."""
