@@ -98,8 +98,9 @@ class ColumnSums:
         if not self._waiting:
             return
         assert not isinstance(self.owner, FreeParameters)
-        z = torch.stack([z for z, _ in self._waiting], 1)  # [N, S, in]
-        columns = torch.stack([g for _, g in self._waiting], 2)  # [R, N, S, out]
+        # Stacked in front, where it is a copy; the products read them transposed.
+        z = torch.stack([z for z, _ in self._waiting]).transpose(0, 1)  # [N, S, in]
+        columns = torch.stack([g for _, g in self._waiting]).movedim(0, 2)  # [R, N, S, out]
         self._waiting, self._entries = [], 0
         self._sum(self._by_parameter(layer_columns(self.owner, z, columns)))
 
@@ -287,7 +288,7 @@ def layer_columns(module: LayerModule, z: Tensor, g: Tensor) -> tuple[Tensor, Te
         g = g.reshape(rank, batch, -1, g.shape[-1])
         if z.shape[1] == 1:
             return g.mT * z, g[:, :, 0]
-        return g.mT @ z, g.sum(2)
+        return torch.stack([torch.bmm(one.mT, z) for one in g]), g.sum(2)
     rows = patch_rows(module, z, batch).values
     columns = gradient_rows(module, g.flatten(0, 1), rank * batch, "expand").values
     if module.groups == 1:

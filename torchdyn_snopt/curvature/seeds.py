@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -262,13 +262,15 @@ def _batched(
 ) -> list[Tensor | None]:
     """All columns in one backward pass, or one by one where an operation cannot be mapped."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    try:
-        return list(torch.autograd.grad(outputs, edges, columns, is_grads_batched=True, **options))
-    except RuntimeError:  # no batching rule; a genuine failure repeats itself below
-        single = [
-            torch.autograd.grad(outputs, edges, list(seeds), **options)
-            for seeds in zip(*columns, strict=True)
-        ]
+    if len(columns[0]) > 1:  # for one alone vmap's machinery costs more than it saves
+        with suppress(RuntimeError):  # no batching rule; a genuine failure repeats itself below
+            return list(
+                torch.autograd.grad(outputs, edges, columns, is_grads_batched=True, **options)
+            )
+    single = [
+        torch.autograd.grad(outputs, edges, list(seeds), **options)
+        for seeds in zip(*columns, strict=True)
+    ]
     stacked: list[Tensor | None] = []
     for gradients in zip(*single, strict=True):
         present = [g for g in gradients if g is not None]

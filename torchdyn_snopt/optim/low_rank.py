@@ -33,7 +33,7 @@ Group = dict[str, Any]
 
 # Levenberg–Marquardt: above the first ratio λ shrinks, below the second one it grows.
 GOOD, BAD = 0.75, 0.25
-SHRINK, GROW, REJECTED = 0.3, 2.0, 6.0
+SHRINK, GROW, REJECTED = 0.5, 2.0, 6.0
 # Steps that may be taken back before θ is left where it was.
 TRIALS = 6
 DAMPING_RANGE = (1e-14, 1e8)
