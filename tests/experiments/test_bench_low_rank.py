@@ -65,7 +65,7 @@ def test_every_contender_gets_the_same_number_of_trials_and_its_settings_are_amo
     for race in low_rank.RACES:
         for peer in race.peers:
             grid = [candidate.described for candidate in peer.grid()]
-            assert len(set(grid)) == 4
+            assert len(set(grid)) == 8
             assert peer.described in grid
 
 
@@ -90,7 +90,7 @@ def test_tuning_chooses_the_least_total_and_stops_what_cannot_win(monkeypatch):
     seeds = []
     monkeypatch.setattr(low_rank, "Run", Scripted)
     peer = dataclasses.replace(
-        RACE.peers[1], settings={"lr": 3.0}, values=(3.0, 2.0), batch_sizes=(2, 1)
+        RACE.peers[1], settings={"lr": 3.0}, values=({"lr": 3.0}, {"lr": 2.0}), batch_sizes=(2, 1)
     )
     race, trials = low_rank.tune(dataclasses.replace(RACE, peers=(peer,)), 2, lambda _: None)
     assert race.peers[0].described == "lr 2.0, batch 1"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 
 from torchdyn_snopt import CrossEntropyLoss, MSELoss, SNOpt, SNOptSensitivity
+from torchdyn_snopt.curvature.seeds import trial
 from torchdyn_snopt.errors import CurvatureError, InvalidInputError, SolverError
 from torchdyn_snopt.optim.low_rank import (
     BAD,
@@ -342,3 +343,96 @@ def test_cross_entropy_in_float32_and_mc():
 
     losses = [optimizer.step(closure).item() for _ in range(15)]
     assert losses[-1] < 0.3 * losses[0]
+
+
+def counted(model: nn.Module) -> list[bool]:
+    """Calls of the field, and whether autograd was recording: a replay of the backward pass."""
+    calls: list[bool] = []
+    hook = lambda *_: calls.append(torch.is_grad_enabled())  # noqa: E731
+    model.node.vf.vf.register_forward_hook(hook)
+    return calls
+
+
+def test_steps_on_one_batch_are_single_steps_without_their_second_forward_pass():
+    """Three steps: 3 backward and 1 + 3 forward passes, where single ones take 3 and 6."""
+    model, (x, y) = Model(), data()
+    other = copy.deepcopy(model)
+    several = SNOpt(model, preconditioner="low_rank", damping=1.0, inner_steps=3)
+    singly = SNOpt(other, preconditioner="low_rank", damping=1.0)
+
+    def closure(model: nn.Module, optimizer: SNOpt) -> Tensor:
+        optimizer.zero_grad()
+        loss = MSELoss()(model(x), y)
+        loss.backward()
+        # A term that is no loss of this package: its gradient does not wait.
+        penalty = 1e-3 * sum(p.square().sum() for p in model.head.parameters())
+        penalty.backward()
+        return loss + penalty
+
+    calls, others = counted(model), counted(other)
+    first = several.step(lambda: closure(model, several))
+    losses = [singly.step(lambda: closure(other, singly)) for _ in range(3)]
+    assert first.item() == losses[0].item()
+    assert several.report["inner_steps"] == 3.0
+    assert torch.allclose(flat(model), flat(other), rtol=1e-12)
+    assert several.param_groups[0]["damping"] == singly.param_groups[0]["damping"]
+    # rk4: four evaluations forward and four in the replay; vmap calls the field for free columns.
+    forward, backward = calls.count(False), calls.count(True)
+    assert others.count(True) == backward
+    assert (others.count(False) - forward) % 4 == 0
+    assert others.count(False) - forward == 2 * 4
+
+
+def test_steps_on_one_batch_end_where_none_reduces_the_loss():
+    model, (x, y), calls = nn.Linear(2, 2), data(), []
+    optimizer = SNOpt(model, preconditioner="low_rank", damping=1e-6, inner_steps=5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = MSELoss()(model(x), y) + (10.0 if len(calls) >= 2 else 0.0)
+        loss.backward()
+        calls.append(1)
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.report["inner_steps"] == 1.0
+    assert len(calls) == 2 + TRIALS
+    with pytest.raises(InvalidInputError, match="inner_steps=0"):
+        SNOpt(model, preconditioner="low_rank", inner_steps=0)
+
+
+def test_a_failed_backward_pass_ends_the_steps_on_a_batch():
+    model, (x, y) = Model(), data()
+    optimizer = SNOpt(model, preconditioner="low_rank", inner_steps=4)
+    failing: list[bool] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = MSELoss()(model(x), y)
+        loss.backward()
+        failing.append(True)
+        return loss
+
+    absorbed = []
+    optimizer._failed = lambda: len(absorbed) > 0 or bool(absorbed.append(1) and False)
+    optimizer.step(closure)
+    assert optimizer.report["inner_steps"] == 1.0
+    assert len(failing) == 2
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+def test_a_trial_runs_no_backward_pass_until_it_goes_on():
+    model, (x, y) = Model(), data()
+    optimizer = SNOpt(model, preconditioner="low_rank")
+    backward(model, optimizer)
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    calls = counted(model)
+    with trial() as held:
+        MSELoss()(model(x), y).backward()
+    assert not any(calls)
+    assert all(p.grad is None for p in model.parameters())
+    held.go_on()
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
+    held.go_on()  # once only
+    assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
