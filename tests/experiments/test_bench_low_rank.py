@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from torchdyn_snopt.errors import SolverError
 from torchdyn_snopt.experiments.bench import low_rank
 from torchdyn_snopt.experiments.tasks import get_task
 
@@ -98,3 +99,15 @@ def test_tuning_chooses_the_least_total_and_stops_what_cannot_win(monkeypatch):
     assert [trial["reached"] for trial in trials] == [True, True, False, True]
     assert [trial["chosen"] for trial in trials] == [False, False, False, True]
     assert set(seeds) == {100, 101}
+
+
+def test_a_contender_whose_field_can_no_longer_be_solved_has_lost(monkeypatch):
+    def fails(self):
+        raise SolverError("x", phase="forward", t=0.0, dt=0.1, steps=1, norms={})
+
+    run = low_rank.Run(RACE, RACE.peers[1], 0)
+    monkeypatch.setattr(low_rank.Run, "_step", fails)
+    run.turn()
+    assert run.finished
+    assert run.reached is None
+    assert run.curve == [(0.0, float("inf"))]

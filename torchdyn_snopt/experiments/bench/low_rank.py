@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchdyn_snopt import CrossEntropyLoss, SNOpt, SNOptSensitivity
+from torchdyn_snopt.errors import SolverError
 from torchdyn_snopt.experiments.bench.report import BenchReport, BenchTable
 from torchdyn_snopt.experiments.environment import describe_environment
 from torchdyn_snopt.experiments.figures import SPARE_STYLES, STYLES
@@ -188,7 +189,7 @@ RACES: tuple[Race, ...] = (
             ),
             Peer("Adam", _ADAM, {"lr": 3e-2}, 128, _RATES, (64, 128)),
             Peer("RMSprop", _RMSPROP, {"lr": 1e-2}, 64, _RATES, (64, 128)),
-            Peer("L-BFGS", _LBFGS, {"max_iter": 20}, 128, _ITERATIONS, (64, 128), True),
+            Peer("L-BFGS", _LBFGS, {"max_iter": 20}, 128, _ITERATIONS, (128, 512), True),
             Peer("SOAP", _soap, {"lr": 3e-2}, 128, _RATES, (64, 128)),
         ),
     ),
@@ -230,10 +231,13 @@ class Run:
     def turn(self) -> None:
         """Train for a while, at least one step, then look at the target."""
         until = self.seconds + max(LOOK_EVERY, LOOK_SHARE * self.seconds)
-        while self.seconds < until:
-            self._step()
-        with torch.no_grad():
-            value = float(self.race.loss(self._model(self._judge.x), self._judge.y))
+        try:
+            while self.seconds < until:
+                self._step()
+            with torch.no_grad():
+                value = float(self.race.loss(self._model(self._judge.x), self._judge.y))
+        except SolverError:  # a field that cannot be solved any more: lost
+            value = math.inf
         self.curve.append((self.seconds, value))
         if value <= self.race.target:
             self.reached = self.seconds
