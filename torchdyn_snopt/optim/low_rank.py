@@ -9,6 +9,10 @@ are collected and min(K, n)² in float64.
 evaluated again behind the step, and the ratio of its reduction to the one that the quadratic model
 predicts makes λ shrink or grow (Martens & Grosse 2015, 6.5); a step that does not reduce the loss
 is taken back and tried again with a greater λ.
+
+With ``inner_steps`` above 1 the closure's batch serves several steps. The solve that judged a step
+is then the forward pass of the next one: its backward pass waits at the loss (`seeds.Held`) until
+the step is taken, so that a step that is not taken back costs one forward and one backward solve.
 """
 
 from __future__ import annotations
