@@ -20,7 +20,7 @@ from torchdyn_snopt.curvature.outside import inside_solve
 from torchdyn_snopt.curvature.registry import (
     active_collectors,
     mark_failed,
-    wanted_columns,
+    may_be_seeded,
     wanted_layers,
 )
 from torchdyn_snopt.curvature.seeds import SolveStation, carry
@@ -79,7 +79,7 @@ class _Solve(Function):
         ctx.time_like = (t.dtype, t.device)
         # The parameters are saved for autograd's check that nobody changed them before backward.
         # x0 leads on to what stands before the solve, where columns of the loss have to go too.
-        ctx.snopt_station = None if wanted_columns() is None else SolveStation()
+        ctx.snopt_station = SolveStation() if may_be_seeded() else None
         start = () if ctx.snopt_station is None else (x0,)
         ctx.save_for_backward(trajectory.states, *parameters, *start)
         states = trajectory.states

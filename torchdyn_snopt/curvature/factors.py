@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.strips import StripMoment, Strips
 
-CurvatureKind: TypeAlias = Literal["empirical", "mc", "ggn"]
+CurvatureKind: TypeAlias = Literal["auto", "empirical", "mc", "ggn"]
 Reduction: TypeAlias = Literal["mean", "sum"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "curvature": ("empirical", "mc", "ggn"),
+    "curvature": ("auto", "empirical", "mc", "ggn"),
     "weight_sharing": ("expand", "reduce"),
     "reduction": ("mean", "sum"),
 }
@@ -45,7 +45,8 @@ class CurvatureSpec:
     """Which curvature to collect.
 
     Attributes:
-        curvature: 'empirical' (seed Φ_x of each sample's loss), 'mc' or 'ggn' (seeds of the loss).
+        curvature: 'empirical' (seed Φ_x of each sample's loss), 'mc' or 'ggn' (seeds of the loss);
+            'auto' becomes 'mc' when a loss that has seeds is evaluated, and is 'empirical' else.
         weight_sharing: 'expand' or 'reduce' (positions summed before the outer product).
         reduction: how the loss combines the samples, 'mean' or 'sum'.
     """
@@ -53,6 +54,11 @@ class CurvatureSpec:
     curvature: CurvatureKind = "empirical"
     weight_sharing: WeightSharing = "expand"
     reduction: Reduction = "mean"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether seeds of the loss are collected, and not the gradients' own."""
+        return self.curvature in ("mc", "ggn")
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -125,7 +131,7 @@ class Totals:
         multiplier = self.batch**2 if spec.reduction == "mean" else 1.0
         expand = spec.weight_sharing == "expand"
         positions = self.rows / self.row_samples if expand else 1.0
-        scale = self.samples / self.sample_time if spec.curvature == "empirical" else 1.0
+        scale = 1.0 if spec.seeded else self.samples / self.sample_time
         b = self.b * (multiplier / (self.samples * positions))
         return Factors(self.a / self.samples, b, scale)
 
@@ -204,7 +210,7 @@ class LayerSums:
 
     def _gradients(self, use: Use, batch: int) -> Tensor | None:
         sharing = self.spec.weight_sharing
-        if self.spec.curvature == "empirical":
+        if not self.spec.seeded:
             g = use.g
             return None if g is None else gradient_rows(self.module, g, batch, sharing).values
         if use.columns is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchdyn_snopt.curvature.registry import seeded_collectors, wanted_columns
+from torchdyn_snopt.curvature.registry import offer_seeds, seeded_collectors, wanted_columns
 from torchdyn_snopt.curvature.seeds import Held, Source, carry, current_trial
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
@@ -70,8 +70,11 @@ class _Seeded:
         outputs: Sequence[Tensor],
         columns: Callable[[ColumnKind], list[Tensor]],
     ) -> Tensor:
+        if not torch.is_grad_enabled() or not value.requires_grad:
+            return value
+        offer_seeds()
         kind = wanted_columns()
-        if kind is None or not torch.is_grad_enabled() or not value.requires_grad:
+        if kind is None:
             return value
         if self.curvature not in (None, kind):
             raise InvalidInputError(

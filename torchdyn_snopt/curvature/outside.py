@@ -97,13 +97,15 @@ class OutsideRecorder:
             return
         z, owner = inputs[0].detach(), weakref.ref(self)
 
-        if self.collector.spec.curvature != "empirical":
+        kind = self.collector.spec.curvature
+        if kind != "empirical":
             note_call(LayerCall(self, layer, z), output)
+        if kind in ("mc", "ggn"):
             return
 
         def keep(g: Tensor) -> None:
             recorder = owner()
-            if recorder is not None and not carrying():
+            if recorder is not None and not (carrying() or recorder.collector.spec.seeded):
                 recorder._keep(layer, Use(z, g.detach()))
 
         output.register_hook(keep)

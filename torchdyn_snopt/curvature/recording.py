@@ -169,7 +169,7 @@ class PassSums:
         for module, layer_uses in uses.items():
             seeded = any(use.columns is not None for use in layer_uses)
             for collector in self.wanted[module]:
-                if collector.spec.curvature != "empirical" and not seeded:
+                if collector.spec.seeded and not seeded:
                     continue
                 key = (module, collector)
                 if key not in self._sums:

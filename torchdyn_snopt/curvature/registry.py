@@ -8,6 +8,7 @@ all. Nothing here keeps a model, a parameter or a collector alive.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -183,7 +184,7 @@ def wanted_columns() -> Literal["mc", "ggn"] | None:
     Raises:
         UnsupportedError: both are waited for at the same time.
     """
-    kinds = {c.spec.curvature for c in _collectors if c.active} - {"empirical"}
+    kinds = {c.spec.curvature for c in _collectors if c.active} - {"auto", "empirical"}
     if len(kinds) > 1:
         raise UnsupportedError(
             "one backward pass cannot carry two kinds of seeds",
@@ -196,13 +197,29 @@ def wanted_columns() -> Literal["mc", "ggn"] | None:
     return "ggn" if kinds else None
 
 
+def offer_seeds() -> None:
+    """A loss that has seeds is evaluated: active collectors of kind 'auto' wait for 'mc'."""
+    for collector in _collectors:
+        if collector.active and collector.spec.curvature == "auto":
+            collector.spec = replace(collector.spec, curvature="mc")
+
+
+def may_be_seeded() -> bool:
+    """Whether seeds may come back through what is being evaluated.
+
+    Returns:
+        True if an active collector waits for them, or takes them if there are some.
+    """
+    return any(c.active and c.spec.curvature != "empirical" for c in _collectors)
+
+
 def seeded_collectors() -> list[Collector]:
     """Active collectors that wait for seeds of the loss.
 
     Returns:
         Usually none or one.
     """
-    return [c for c in _collectors if c.active and c.spec.curvature != "empirical"]
+    return [c for c in _collectors if c.active and c.spec.seeded]
 
 
 def wanted_layers(

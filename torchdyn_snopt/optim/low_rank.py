@@ -217,7 +217,7 @@ class LowRankStep:
         group = self.group
         d = self.system.solve(self.gradient, group["damping"] + group["weight_decay"])
         if group["kl_clip"] is not None:
-            clip = trust_factor([self.gradient], [d], group["lr"], group["kl_clip"])
+            clip = trust_factor(self.gradient.dot(d), group["lr"], group["kl_clip"])
             report["clip_factor"] = clip
             d = d * clip
         d = self._with_momentum(d)

@@ -368,7 +368,7 @@ def _clip_and_gather(
 ) -> list[Tensor]:
     """Trust region, then heavy-ball momentum."""
     if group["kl_clip"] is not None:
-        clip = trust_factor(gradients, natural, group["lr"], group["kl_clip"])
+        clip = trust_factor(product(natural, gradients), group["lr"], group["kl_clip"])
         report["clip_factor"] = clip
         natural = [u * clip for u in natural]
     if group["momentum"] == 0.0:
@@ -382,24 +382,28 @@ def _clip_and_gather(
     return [layer.state["momentum_buffer"] for layer in layers]
 
 
-def trust_factor(
-    gradients: list[Tensor], natural: list[Tensor], lr: float, kl_clip: float
-) -> Tensor:
-    """Factor ν ≤ 1 with lr² ν² Σ ⟨C⁻¹g, g⟩ ≤ kl_clip (Ba, Grosse & Martens 2017).
+def trust_factor(squared: Tensor, lr: float, kl_clip: float) -> Tensor:
+    """Factor ν ≤ 1 with lr² ν² ‖d‖² ≤ kl_clip (Ba, Grosse & Martens 2017).
 
     Args:
-        gradients: g of each layer.
-        natural: C⁻¹ g of each layer.
+        squared: ‖d‖², the squared length of the update in the metric of the curvature, 0-d.
         lr: learning rate.
         kl_clip: bound on the predicted change, half of the KL divergence in its units.
 
     Returns:
         0-d tensor.
     """
-    products = torch.stack(
-        [torch.sum(u * g) for u, g in zip(natural, gradients, strict=True)]
-    ).sum()
-    return (kl_clip / (lr * lr * products).clamp_min(1e-30)).sqrt().clamp_max(1.0)
+    return (kl_clip / (lr * lr * squared).clamp_min(1e-30)).sqrt().clamp_max(1.0)
 
 
-TABLE: dict[str, Preconditioner] = {"kfe_adam": KFEAdam(), "kfac": KFAC(), "ekfac": EKFAC()}
+def product(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """The inner product of two lists of matrices.
+
+    Args:
+        left: some.
+        right: as many, of the same shapes.
+
+    Returns:
+        0-d tensor.
+    """
+    return torch.stack([torch.sum(a * b) for a, b in zip(left, right, strict=True)]).sum()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchdyn_snopt.errors import InvalidInputError
 
-PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac", "low_rank")
+PRECONDITIONERS = ("trust_region", "kfe_adam", "kfac", "ekfac", "low_rank")
 
 # Settings of 'low_rank' as the others carry them; their fallback has the learning rate itself.
 _UNUSED: dict[str, Any] = {
@@ -19,6 +19,20 @@ _UNUSED: dict[str, Any] = {
 
 # What an argument left at None becomes.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "trust_region": {
+        "lr": 1.0,
+        "momentum": 0.7,
+        "damping": 3e-3,
+        "update_freq": 20,
+        "alpha": 0.95,
+        "factor_decay": 0.6,
+        "kl_clip": 2e-2,
+        "fallback": "adam",
+        "weight_sharing": "expand",
+        "curvature": "auto",
+        **_UNUSED,
+        "fallback_scale": 1e-2,
+    },
     "kfe_adam": {
         "lr": 1e-2,
         "momentum": 0.9,
@@ -91,7 +105,7 @@ PAPER: dict[str, Any] = {
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "preconditioner": PRECONDITIONERS,
-    "curvature": ("empirical", "mc", "ggn"),
+    "curvature": ("auto", "empirical", "mc", "ggn"),
     "weight_sharing": ("expand", "reduce"),
     "fallback": ("sgd", "adam"),
     "reduction": ("mean", "sum"),
@@ -161,10 +175,11 @@ def check(settings: dict[str, Any]) -> None:
                 allowed="a whole number of at least 1",
                 do=f"pass {name}={example}",
             )
-    if settings.get("preconditioner") == "low_rank" and settings.get("curvature") == "empirical":
+    curvature = settings.get("curvature")
+    if settings.get("preconditioner") == "low_rank" and curvature in ("auto", "empirical"):
         raise InvalidInputError(
             "the low-rank step needs the seeds of a loss",
-            got="preconditioner='low_rank', curvature='empirical'",
+            got=f"preconditioner='low_rank', curvature={curvature!r}",
             allowed="curvature='ggn' or 'mc'",
             do="leave curvature out, and use one of torchdyn_snopt's losses",
         )

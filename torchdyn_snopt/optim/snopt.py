@@ -38,9 +38,10 @@ from torchdyn_snopt.optim.low_rank import (
     decay_damping,
     next_damping,
 )
-from torchdyn_snopt.optim.preconditioners import TABLE
 from torchdyn_snopt.optim.ranks import Collected, RankExchange, Ranks, pool, refresh
 from torchdyn_snopt.optim.settings import PAPER, resolve
+from torchdyn_snopt.optim.table import TABLE
+from torchdyn_snopt.optim.trust_region import is_due
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,19 +81,22 @@ class SNOpt(Optimizer):
 
     Args:
         params: a Module, or what every torch optimizer takes: parameters, named parameters, groups.
-        lr: learning rate η.
-        momentum: heavy-ball momentum, or Adam's β₁.
+        lr: learning rate η; for 'trust_region' the longest step, 1 being Newton's.
+        momentum: heavy-ball momentum; Adam's β₁ for 'trust_region' and 'kfe_adam'.
         weight_decay: γ of the paper's running cost: γθ joins the gradient, γI the curvature.
-        damping: ε of Algorithm 2, Tikhonov λ of 'kfac', Adam's ε of 'kfe_adam'.
-        update_freq: iterations between refreshes of the curvature.
+        damping: ε of Algorithm 2, Tikhonov λ of 'kfac' and 'trust_region', Adam's ε of 'kfe_adam'.
+        update_freq: iterations between refreshes of the curvature; at most, for 'trust_region'.
         alpha: decay of the second moments in the eigenbasis (Algorithm 2; Adam's β₂).
         factor_decay: decay of the exponential average of A and B from refresh to refresh.
-        preconditioner: 'kfe_adam' (Adam's moments in the curvature's eigenbasis), 'kfac', 'ekfac'
-            (Algorithm 2), or 'low_rank' (the Gauss–Newton step from the columns of Proposition 2).
+        preconditioner: 'trust_region' (natural gradient, its length learned from the gradients),
+            'kfe_adam' (Adam's moments in the curvature's eigenbasis), 'kfac', 'ekfac' (Algorithm
+            2), or 'low_rank' (the Gauss–Newton step from the columns of Proposition 2).
         curvature: seeds of the terminal curvature: 'empirical' (Φ_x of each sample, the paper's
-            choice), 'mc' or 'ggn' (seeds of this package's losses, Proposition 2; for 'low_rank').
+            choice), 'mc' or 'ggn' (seeds of this package's losses, Proposition 2; for 'low_rank'),
+            or 'auto': 'mc' where the loss is one of those, otherwise 'empirical'.
         weight_sharing: 'expand' or 'reduce' over positions (Eschenhagen et al. 2023).
-        kl_clip: trust region of 'kfac' and 'ekfac'; ``math.inf`` for none.
+        kl_clip: trust region of 'kfac' and 'ekfac', the first one of 'trust_region'; ``math.inf``
+            for none.
         fallback: 'sgd' or 'adam' for parameters without curvature.
         reduction: how the loss combines samples, 'mean' or 'sum'.
         max_columns: for 'low_rank', limit on samples × seeds of a batch; a step keeps that many
@@ -131,8 +135,10 @@ class SNOpt(Optimizer):
         update_freq: int | None = None,
         alpha: float | None = None,
         factor_decay: float | None = None,
-        preconditioner: Literal["kfe_adam", "kfac", "ekfac", "low_rank"] = "kfe_adam",
-        curvature: Literal["empirical", "mc", "ggn"] | None = None,
+        preconditioner: Literal[
+            "trust_region", "kfe_adam", "kfac", "ekfac", "low_rank"
+        ] = "trust_region",
+        curvature: Literal["auto", "empirical", "mc", "ggn"] | None = None,
         weight_sharing: Literal["expand", "reduce"] | None = None,
         kl_clip: float | None = None,
         fallback: Literal["sgd", "adam"] | None = None,
@@ -304,6 +310,7 @@ class SNOpt(Optimizer):
                 started = perf_counter()
                 recorder.deliver()
                 self._refresh(group, collector)
+                group["refreshed"], group["travelled"] = group["step"], 0.0
                 collector.clear()
                 self.curvature_seconds += perf_counter() - started
         self._absorb_columns()
@@ -611,12 +618,18 @@ def _spec(group: Group) -> CurvatureSpec:
 
 def _request(group: Group, collector: Collector, recorder: OutsideRecorder) -> None:
     """Ask for curvature from the next backward pass if it is due."""
-    collector.active = group["step"] % group["update_freq"] == 0
+    collector.active = _is_due(group)
     if collector.active:
         collector.spec = _spec(group)
         recorder.start()
     else:
         recorder.stop()
+
+
+def _is_due(group: Group) -> bool:
+    if group["preconditioner"] == "trust_region":
+        return is_due(group)
+    return bool(group["step"] % group["update_freq"] == 0)
 
 
 def _gradient(p: Tensor, weight_decay: float, sign: float) -> Tensor:
