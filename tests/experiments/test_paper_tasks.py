@@ -104,7 +104,7 @@ def test_every_layer_of_the_series_classifier_is_preconditioned():
     x = series.observations(torch.randn(4, 3, 2))
     nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0])).backward()
     optimizer.step()
-    assert {how for _, how in optimizer.summary()} == {"kfe_adam"}
+    assert {how for _, how in optimizer.summary()} == {"trust_region"}
 
 
 # --- flows ----------------------------------------------------------------------------------------

@@ -75,11 +75,12 @@ def test_muon_moves_a_convolution_as_it_moves_the_same_matrix():
 
 
 def test_default_learning_rates_are_those_without_settings():
-    assert OPTIMIZERS["snopt"].default_lr == 1e-2
+    assert OPTIMIZERS["snopt"].default_lr == 1.0
     assert OPTIMIZERS["adam"].default_lr == 1e-3
     for row in OPTIMIZERS.values():
         low, high = row.lr_range
         assert low < high
+    assert OPTIMIZERS["snopt"].lr_range == (0.1, 10.0)
 
 
 # --- tuning ---------------------------------------------------------------------------------------

@@ -80,6 +80,12 @@ def test_the_spread_is_of_the_last_quarter():
     assert fig10.spread(path) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("name", ["fig10", "table5"])
+def test_the_studies_of_the_horizon_keep_the_settings_that_they_were_measured_with(tmp_path, name):
+    (spec,) = get_reproduction(name).suite(Request(TINY, tmp_path)).optimizers
+    assert spec.settings(TINY) == {"preconditioner": "kfe_adam", "lr": 0.01}
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from tests.experiments.tiny import TINY
 from torchdyn_snopt import cli
 from torchdyn_snopt.experiments import search as rooms
+from torchdyn_snopt.experiments.horizons import STUDIED
 from torchdyn_snopt.experiments.meters import SolveMeter
 from torchdyn_snopt.experiments.search import TaskProblem, hold_out
 from torchdyn_snopt.experiments.tasks import TASKS, Samples
@@ -94,9 +95,16 @@ def test_choices_reach_the_optimizer_and_bounds_the_horizon(problem):
     run = problem.build_model(Choice("policy", 0.4, 0.1, 0.02, 1e-6, bounds=(0.3, 0.5)))
     group = run.optimizer.param_groups[0]
     assert (group["lr"], group["damping"]) == (0.02, 1e-6)
+    assert group["preconditioner"] == "kfe_adam"
     (horizon,) = [m for m in run.model.modules() if hasattr(m, "spec") and hasattr(m, "t1")]
     assert horizon.spec.bounds == (0.3, 0.5)
     assert horizon.spec.penalty == 0.1
+
+
+def test_the_policy_trains_as_the_studies_of_the_horizon_do(problem):
+    group = problem.build_model(Choice("policy", 1.0)).optimizer.param_groups[0]
+    assert {name: group[name] for name in STUDIED} == {"preconditioner": "kfe_adam", "lr": 0.01}
+    assert problem.build_model(Choice("fixed", 1.0)).config.optimizer.chosen == {}
 
 
 def test_a_failed_run_says_why(problem):

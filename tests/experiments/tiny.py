@@ -45,7 +45,7 @@ TINY = Task(
     tolerance=1e-2,
     target_loss=0.5,
     window=2,
-    settings={"sgd": {"lr": 0.1}, "adam": {"lr": 1e-2}, "snopt": {"lr": 1e-2}},
+    settings={"sgd": {"lr": 0.1}, "adam": {"lr": 1e-2}},
     eval_batch_size=4,
 )
 

@@ -1,7 +1,7 @@
 """The optimizers that a task can be trained with: one row of a table each.
 
 On the command line an optimizer is written as its name, followed by settings where the task's own
-are not wanted: ``adam``, ``adam:lr=3e-3``, ``snopt:lr=0.01:update_freq=5``. The setting
+are not wanted: ``adam``, ``adam:lr=3e-3``, ``snopt:lr=0.5:update_freq=5``. The setting
 ``sensitivity`` is not passed to the optimizer; it chooses how the model computes its gradients, as
 in ``adam:sensitivity=adjoint`` for torchdyn's own adjoint.
 """
@@ -65,7 +65,7 @@ def _on_parameters(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.opt
 OPTIMIZERS: dict[str, OptimizerRow] = {
     row.name: row
     for row in (
-        OptimizerRow("snopt", "SNOpt", SNOpt, SNOpt),
+        OptimizerRow("snopt", "SNOpt", SNOpt, SNOpt, lr_range=(0.1, 10.0)),
         OptimizerRow(
             "snopt-paper", "SNOpt (paper)", SNOpt.from_paper, SNOpt, lr_range=(3e-3, 3e-1)
         ),

@@ -23,7 +23,7 @@ from torchdyn.core import NeuralODE
 from torchdyn_snopt import Horizon, solve_stats
 from torchdyn_snopt.errors import SNOptError
 from torchdyn_snopt.experiments.configuration import Budget, Position, RunConfig, RunResult
-from torchdyn_snopt.experiments.horizons import HorizonChoice
+from torchdyn_snopt.experiments.horizons import STUDIED, HorizonChoice
 from torchdyn_snopt.experiments.interrupt import StopRequest, stop_on_signal
 from torchdyn_snopt.experiments.meters import SolveMeter
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
@@ -90,9 +90,8 @@ class TaskProblem:
             Model and optimizer, with the horizon as chosen.
         """
         name = "snopt" if choice.mode == "policy" else FIRST_ORDER
-        chosen = {k: v for k in ("lr", "damping") if (v := getattr(choice, k)) is not None}
-        if name == FIRST_ORDER and self.task.name in FIRST_ORDER_LR:
-            chosen.setdefault("lr", FIRST_ORDER_LR[self.task.name])
+        chosen = dict(STUDIED) if choice.mode == "policy" else self._first_order()
+        chosen |= {k: v for k in ("lr", "damping") if (v := getattr(choice, k)) is not None}
         config = RunConfig(
             self.task,
             OptimizerSpec(name, chosen),
@@ -106,6 +105,10 @@ class TaskProblem:
         for horizon in (m for m in run.model.modules() if isinstance(m, Horizon)):
             horizon.spec = replace(horizon.spec, bounds=choice.bounds)
         return run
+
+    def _first_order(self) -> dict[str, Any]:
+        name = self.task.name
+        return {"lr": FIRST_ORDER_LR[name]} if name in FIRST_ORDER_LR else {}
 
     def train(self, run: TrainingRun, choice: Choice, report: Callable[[Progress], None]) -> None:
         """Train to the end of the budget.

@@ -103,8 +103,8 @@ def joint(
         low: Smallest t1.
         high: Largest t1.
         penalty: Interval of c.
-        lr: Interval of the learning rate.
-        damping: Interval of the damping.
+        lr: Interval of the learning rate; as it is, one for SNOpt's 'kfe_adam'.
+        damping: Interval of the damping; likewise.
 
     Returns:
         A function of the trial.

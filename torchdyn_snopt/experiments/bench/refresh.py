@@ -102,8 +102,9 @@ def _backward(step: Step, sharing: Sharing | None) -> Contender:
 
 def _measure_between(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
     plain, attached = (torchdyn_step(case, case.field(device), device, "snopt") for _ in range(2))
-    # lr=0: the first step refreshes the curvature and leaves the weights as they are.
-    optimizer = SNOpt(attached.module, lr=0.0, update_freq=NEVER_AGAIN)
+    # lr=0: the first step refreshes the curvature and leaves the weights as they are. 'kfe_adam'
+    # then keeps to update_freq alone, where the default refreshes in the next steps as well.
+    optimizer = SNOpt(attached.module, lr=0.0, preconditioner="kfe_adam", update_freq=NEVER_AGAIN)
     attached()
     optimizer.step()
     turns = Turn(plain, whole(plain)), Turn(attached, whole(attached))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy import stats
 
 from torchdyn_snopt.experiments.configuration import Budget, Observer, RunResult
 from torchdyn_snopt.experiments.curves import Array, Run, read_run
-from torchdyn_snopt.experiments.horizons import HorizonChoice
+from torchdyn_snopt.experiments.horizons import STUDIED, HorizonChoice
 from torchdyn_snopt.experiments.meters import Seconds
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
 from torchdyn_snopt.experiments.storage import replacing, write_text
@@ -178,6 +179,11 @@ class Reproduction:
     tabulate: Callable[[Arms, str], Table]
     draw: Callable[[Arms, str], Figure]
 
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """Settings of the optimizer that go before the task's."""
+        return STUDIED if self.optimizer == "snopt" else {}
+
     def suite(self, request: Request) -> Suite:
         """The runs that it consists of.
 
@@ -189,7 +195,7 @@ class Reproduction:
         """
         return Suite(
             task=request.task,
-            optimizers=[OptimizerSpec(self.optimizer)],
+            optimizers=[OptimizerSpec(self.optimizer, self.chosen)],
             seeds=request.seeds,
             budget=request.budget,
             out=request.out,

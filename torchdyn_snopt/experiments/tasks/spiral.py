@@ -137,7 +137,6 @@ TASK = Task(
     target_loss=1e-4,
     window=10,
     settings={
-        "snopt": {"lr": 1e-2},
         "snopt-paper": {"lr": 0.02},
         "adam": {"lr": 3e-2},
         "adamw": {"lr": 3e-2},
