@@ -268,7 +268,8 @@ def test_a_reproduction_prints_its_table_and_goes_on(tmp_path):
     words = ["reproduce", "table5", "--task", "tiny", "--epochs", 1, "--penalty", 0.5, "--out", out]
     result = invoke(*words, "--seeds", 1)
     assert result.exit_code == 0, result.output
-    assert "[3/3] SNOpt, policy from t1=1, c=0.5, seed 0" in plain(result.output)
+    studied = "SNOpt preconditioner=kfe_adam lr=0.01"
+    assert f"[3/3] {studied}, policy from t1=1, c=0.5, seed 0" in plain(result.output)
     assert "difference" in plain(result.output)
     assert "table5.png" in result.output.replace("\n", "")
     refused = invoke(*words, "--seeds", 2)
@@ -338,11 +339,11 @@ def test_the_race_s_settings_are_tuned_first_where_asked(tmp_path, monkeypatch):
     words = ["bench", "low-rank", "--task", "moons", "--seeds", 1, "--out", tmp_path]
     result = invoke(*words, "--tune", 1)
     assert result.exit_code == 0, result.output
-    assert result.output.count("moons, trial of ") == 8
+    assert result.output.count("moons, trial of ") == 16  # a grid of eight for both
     assert "moons, seed 0: Adam reached the target" in result.output
     raw = json.loads((tmp_path / "low-rank.json").read_text())["measurements"]
     trials = [row for row in raw if "trial" in row]
-    assert len(trials) == 8
+    assert len(trials) == 16
     assert [row["optimizer"] for row in trials if row["chosen"]] == ["SNOpt low_rank", "Adam"]
     refused = invoke("bench", "low-rank", "--task", "digits")
     assert refused.exit_code == 2
