@@ -390,7 +390,7 @@ class SNOpt(Optimizer):
             raise UnsupportedError(
                 "the columns of 'low_rank' are those of one process and of an unscaled loss",
                 got=f"preconditioner='low_rank' with {scaled}",
-                allowed="'kfe_adam', 'kfac' and 'ekfac'",
+                allowed="'trust_region', 'kfe_adam', 'kfac' and 'ekfac'",
                 do="choose one of these, or train in one process and in float32 or bfloat16",
             )
 
