@@ -7,6 +7,7 @@ process) at a random evaluation of the field or at a random write to the disk.
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import random
@@ -91,6 +92,7 @@ def clean_courses() -> dict[tuple[str, str], list[torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def courses() -> dict[tuple[str, str], list[torch.Tensor]]:
+    gc.collect()  # optimizers of other tests that a cycle has kept
     return clean_courses()
 
 
