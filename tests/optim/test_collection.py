@@ -57,7 +57,7 @@ def test_curvature_is_collected_on_refresh_iterations_only(
     added: list[nn.Module], update_freq: int
 ) -> None:
     model = Classifier()
-    optimizer = SNOpt(model, update_freq=update_freq, lr=1e-3)
+    optimizer = SNOpt(model, preconditioner="kfe_adam", update_freq=update_freq, lr=1e-3)
     evaluations = []
     for step in range(7):
         due = step % update_freq == 0
@@ -87,7 +87,7 @@ def test_evaluation_and_no_grad_passes_collect_nothing(added: list[nn.Module]) -
 
 def test_a_graph_that_outlives_its_iteration_adds_nothing_later() -> None:
     model = plain()
-    optimizer = SNOpt(model, update_freq=3)
+    optimizer = SNOpt(model, preconditioner="kfe_adam", update_freq=3)
     loss = loss_of(model, 0)
     optimizer.step()  # without gradients nothing moves, and the next refresh is two steps away
     loss.backward()
@@ -119,7 +119,7 @@ def test_a_dropped_optimizer_leaves_no_hook_and_no_request(added: list[nn.Module
 
 
 @pytest.mark.usefixtures("quick_gc")
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 @pytest.mark.parametrize("first", ["model", "optimizer"])
 def test_dropping_model_and_optimizer_leaves_nothing(preconditioner: str, first: str) -> None:
     gc.collect()
@@ -151,7 +151,7 @@ def tensors() -> int:
 
 
 @pytest.mark.usefixtures("quick_gc")
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_two_hundred_iterations_keep_the_number_of_tensors(preconditioner: str) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     optimizer = SNOpt(model, 1e-3, preconditioner=preconditioner, update_freq=4)
@@ -227,7 +227,7 @@ def test_a_network_with_sensitivity_autograd(sharing: str) -> None:
         assert relative_error(optimizer.state[layer.weight]["B"], b[0]) < 1e-12
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac"])
 def test_a_network_with_sensitivity_autograd_trains(preconditioner: str) -> None:
     model = Classifier(sensitivity="autograd")
     optimizer = SNOpt(model, preconditioner=preconditioner, update_freq=3)

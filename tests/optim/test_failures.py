@@ -15,7 +15,7 @@ from torchdyn_snopt.optim.preconditioners import MAX_FAILURES
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac")
+PRECONDITIONERS = ("trust_region", "kfe_adam", "kfac", "ekfac")
 
 
 class Flaky(Classifier):
@@ -39,8 +39,8 @@ class Flaky(Classifier):
 @pytest.mark.parametrize("broken", ["always", "backward"])
 @pytest.mark.parametrize(
     ("preconditioner", "at"),
-    [("kfe_adam", 0), ("kfac", 1), ("ekfac", 3)],
-    ids=["first step", "between refreshes", "at a refresh"],
+    [("kfe_adam", 0), ("kfac", 1), ("ekfac", 3), ("trust_region", 4)],
+    ids=["first step", "between refreshes", "at a refresh", "trust region"],
 )
 def test_a_skipped_step_is_as_if_it_had_not_been(preconditioner: str, broken: str, at: int) -> None:
     model, clean = Flaky(), Flaky()

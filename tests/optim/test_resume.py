@@ -1,4 +1,4 @@
-"""Saving and loading: 10 steps are 5, a file, fresh objects, and 5 more, to the last bit."""
+"""Saving and loading: 16 steps are 11, a file, fresh objects, and 5 more, to the last bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.optim.problems import Classifier, flat, hooks, loss_of, plain, train
 from torchdyn_snopt import SNOpt
 
-PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac")
+PRECONDITIONERS = ("trust_region", "kfe_adam", "kfac", "ekfac")
 
 
 def make(preconditioner: str, **settings: Any) -> tuple[Classifier, SNOpt]:
@@ -30,19 +30,19 @@ def through_a_file(*state_dicts: Any) -> list[Any]:
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize(
-    ("fallback", "at"), [("adam", 5), ("sgd", 6)], ids=["between refreshes", "at a refresh"]
+    ("fallback", "at"), [("adam", 11), ("sgd", 12)], ids=["between refreshes", "at a refresh"]
 )
-def test_ten_steps_are_five_and_five(preconditioner: str, fallback: str, at: int) -> None:
+def test_a_run_is_its_two_halves(preconditioner: str, fallback: str, at: int) -> None:
     whole, reference = make(preconditioner, fallback=fallback)
     first, interrupted = make(preconditioner, fallback=fallback)
     first.load_state_dict(whole.state_dict())
-    losses = train(whole, reference, range(10))
+    losses = train(whole, reference, range(16))
     early = train(first, interrupted, range(at))
     saved = through_a_file(first.state_dict(), interrupted.state_dict())
     second, resumed = make(preconditioner, fallback=fallback, lr=5.0)
     second.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    assert early + train(second, resumed, range(at, 10)) == losses
+    assert early + train(second, resumed, range(at, 16)) == losses
     assert torch.equal(flat(second), flat(whole))
     for p, q in zip(whole.parameters(), second.parameters(), strict=True):
         mine, theirs = reference.state[p], resumed.state[q]
@@ -169,3 +169,20 @@ def test_a_checkpoint_of_another_shape_is_refused_as_by_torch() -> None:
     _, optimizer = make("kfac")
     with pytest.raises(ValueError, match="doesn't match the size"):
         SNOpt(plain()).load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_without_what_the_trust_region_has_noted_is_continued() -> None:
+    """The steps since the last refresh count as none, and its number as 0."""
+    model, optimizer = make("trust_region")
+    train(model, optimizer, range(11))
+    saved = optimizer.state_dict()
+    for entry in ("travelled", "refreshed"):
+        assert entry in saved["param_groups"][0]
+        del saved["param_groups"][0][entry]
+    second, resumed = make("trust_region")
+    second.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    train(second, resumed, range(11, 15))
+    assert torch.isfinite(flat(second)).all()
+    assert resumed.param_groups[0]["refreshed"] == 14
+    assert resumed.param_groups[0]["kl_clip"] != saved["param_groups"][0]["kl_clip"]

@@ -26,8 +26,11 @@ RANGES: dict[str, tuple[list[Any], str]] = {
     "update_freq": ([0, -5, 2.5, NAN, True, "10"], "a whole number of at least 1"),
 }
 CHOICES: dict[str, tuple[list[Any], str]] = {
-    "preconditioner": (["adam", "KFAC", 1, ""], "'kfe_adam', 'kfac', 'ekfac', 'low_rank'"),
-    "curvature": (["fisher", "hessian"], "'empirical', 'mc', 'ggn'"),
+    "preconditioner": (
+        ["adam", "KFAC", 1, ""],
+        "'trust_region', 'kfe_adam', 'kfac', 'ekfac', 'low_rank'",
+    ),
+    "curvature": (["fisher", "hessian"], "'auto', 'empirical', 'mc', 'ggn'"),
     "weight_sharing": (["sum", 2], "'expand', 'reduce'"),
     "fallback": (["rmsprop", False], "'sgd', 'adam'"),
     "reduction": (["none", "batchmean"], "'mean', 'sum'"),
@@ -119,11 +122,16 @@ def test_a_trust_region_can_be_switched_off() -> None:
 def test_a_group_takes_the_defaults_of_its_own_preconditioner() -> None:
     groups = [
         {"params": parameters()},
+        {"params": parameters(), "preconditioner": "kfe_adam"},
         {"params": parameters(), "preconditioner": "kfac"},
         {"params": parameters(), "preconditioner": "ekfac", "damping": 0.5, "lr": 3.0},
     ]
-    kfe_adam, kfac, ekfac = SNOpt(groups, momentum=0.25).param_groups
-    assert [g["momentum"] for g in (kfe_adam, kfac, ekfac)] == [0.25] * 3
+    default, kfe_adam, kfac, ekfac = SNOpt(groups, momentum=0.25).param_groups
+    assert [g["momentum"] for g in (default, kfe_adam, kfac, ekfac)] == [0.25] * 4
+    assert default["preconditioner"] == "trust_region"
+    assert default["damping"] == DEFAULTS["trust_region"]["damping"]
+    assert default["curvature"] == "auto"
+    assert kfe_adam["curvature"] == "empirical"
     assert kfe_adam["damping"] == DEFAULTS["kfe_adam"]["damping"]
     assert kfac["damping"] == DEFAULTS["kfac"]["damping"]
     assert kfac["lr"] == DEFAULTS["kfac"]["lr"]

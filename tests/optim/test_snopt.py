@@ -176,7 +176,7 @@ def test_a_bias_in_another_group_takes_that_groups_fallback() -> None:
     assert layer.bias is not None
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_freezing_in_the_middle_of_training(
@@ -227,7 +227,7 @@ def treatment(optimizer: SNOpt) -> dict[str, set[str]]:
     return by_kind
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_a_module_has_encoder_and_head_preconditioned(preconditioner: str) -> None:
     model = Classifier()
     optimizer = SNOpt(model, preconditioner=preconditioner, fallback="sgd")
@@ -301,7 +301,7 @@ def test_the_fields_layers_move_by_the_recorded_factors() -> None:
         torch.testing.assert_close(moved[name], grads[name])
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_training_goes_down(preconditioner: str) -> None:
     model = Classifier()
     settings = {"momentum": 0.0, "lr": 0.05} if preconditioner == "ekfac" else {}
@@ -343,7 +343,7 @@ def test_the_trust_region_spans_all_layers(preconditioner: str, foreach: bool | 
 # --- degenerate layers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.parametrize(
     ("layer", "shape"),
@@ -368,7 +368,7 @@ def test_the_smallest_layers(preconditioner: str, layer: Any, shape: tuple[int, 
     assert not torch.equal(flat(model), before)
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_a_gradient_of_zero_moves_nothing(preconditioner: str) -> None:
     model = Single(nn.Linear(4, 3))
     optimizer = SNOpt(model, preconditioner=preconditioner, update_freq=1)
@@ -380,7 +380,7 @@ def test_a_gradient_of_zero_moves_nothing(preconditioner: str) -> None:
     assert torch.equal(flat(model), before)
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_a_single_sample_and_constant_inputs(preconditioner: str) -> None:
     """Factors of rank one."""
     model = Single(nn.Linear(4, 3))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac")
+PRECONDITIONERS = ("trust_region", "kfe_adam", "kfac", "ekfac")
 # Small steps: these tests compare runs, they do not train.
 SETTINGS: dict[str, Any] = {"lr": 0.01, "update_freq": 3, "kl_clip": 1e-2, "weight_decay": 1e-3}
 
@@ -169,7 +169,7 @@ def test_schedulers_are_followed(make: Any, recwarn: pytest.WarningsRecorder) ->
 
 def test_a_plateau_scheduler_lowers_the_rate() -> None:
     model = plain()
-    optimizer = SNOpt(model)
+    optimizer = SNOpt(model, 0.01)
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
     for _ in range(3):
         scheduler.step(1.0)
@@ -252,8 +252,8 @@ def test_maximizing_is_minimizing_the_negative(settings) -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize(
     ("preconditioner", "steps"),
-    [("kfac", 0), ("ekfac", 2), ("kfe_adam", 3)],
-    ids=["new", "between refreshes", "at a refresh"],
+    [("kfac", 0), ("ekfac", 2), ("kfe_adam", 3), ("trust_region", 11)],
+    ids=["new", "between refreshes", "at a refresh", "trust region"],
 )
 def test_a_copy_goes_on_alike_and_apart(preconditioner: str, way: str, steps: int) -> None:
     model, settings = Classifier(), {**SETTINGS, "preconditioner": preconditioner}

@@ -205,7 +205,7 @@ def train(model: Any, optimizer: SNOpt, case: Case, steps: range) -> None:
 @few
 @given(
     cases,
-    st.sampled_from(["kfe_adam", "kfac", "ekfac"]),
+    st.sampled_from(["trust_region", "kfe_adam", "kfac", "ekfac"]),
     st.integers(1, 3),
     st.sampled_from(["adam", "sgd"]),
     st.sampled_from(["expand", "reduce"]),

@@ -20,6 +20,7 @@ from torchdyn_snopt import CurvatureError, InvalidInputError, SNOpt, SNOptSensit
 
 STEPS, SIZE = 20, 16
 SETTINGS: dict[str, dict[str, Any]] = {
+    "trust_region": {"preconditioner": "trust_region", "update_freq": 4},
     "kfac": {"preconditioner": "kfac", "lr": 0.05, "update_freq": 3, "weight_decay": 1e-3},
     "ekfac": {"preconditioner": "ekfac", "lr": 0.02, "update_freq": 4, "kl_clip": 1e-2},
     "kfe_adam": {"preconditioner": "kfe_adam", "lr": 0.01, "update_freq": 2},

@@ -23,7 +23,7 @@ def living_tensors() -> int:
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_two_thousand_steps_hold_as_much_as_the_first_hundred(preconditioner: str) -> None:
     """Tensors to the last one, and Python's own memory to a few kilobytes."""
     layer = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))

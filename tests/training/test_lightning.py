@@ -141,7 +141,7 @@ def test_digits_reach_the_loss_of_the_plain_loop(lightning: Any, tmp_path: Path)
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("preconditioner", ["kfe_adam", "kfac", "ekfac"])
+@pytest.mark.parametrize("preconditioner", ["trust_region", "kfe_adam", "kfac", "ekfac"])
 def test_each_preconditioner_resumes(lightning: Any, tmp_path: Path, preconditioner: str) -> None:
     dataset, settings = quadrants(), {"preconditioner": preconditioner, "update_freq": 3}
     model = Small()

@@ -15,7 +15,7 @@ from tests.optim.problems import Classifier, batch, flat, loss_of, plain
 from torchdyn_snopt import SNOpt, SNOptSensitivity, UnsupportedError, record_curvature
 from torchdyn_snopt.horizon import learn_horizon
 
-PRECONDITIONERS = ("kfe_adam", "kfac", "ekfac")
+PRECONDITIONERS = ("trust_region", "kfe_adam", "kfac", "ekfac")
 
 
 def error(one: Tensor, other: Tensor) -> float:
@@ -190,7 +190,7 @@ def test_unscaling_by_hand() -> None:
     """'kfe_adam' needs no scale; the others cannot know it any more."""
     model, reference = plain(), plain()
     reference.load_state_dict(model.state_dict())
-    optimizers = [SNOpt(m, update_freq=1) for m in (model, reference)]
+    optimizers = [SNOpt(m, preconditioner="kfe_adam", update_freq=1) for m in (model, reference)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(4):
         scaled_step(model, optimizers[0], scaler, step, unscale=True)
@@ -198,11 +198,13 @@ def test_unscaling_by_hand() -> None:
         loss_of(reference, step).backward()
         optimizers[1].step()
     torch.testing.assert_close(flat(model), flat(reference), rtol=1e-3, atol=1e-5)
-    optimizer = SNOpt(model, preconditioner="kfac")
-    scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(UnsupportedError, match="loss scale that is no longer known") as caught:
-        scaled_step(model, optimizer, scaler, 0, unscale=True)
-    assert "leave out scaler.unscale_" in str(caught.value)
+    for preconditioner in ("trust_region", "kfac", "ekfac"):
+        optimizer = SNOpt(model, preconditioner=preconditioner)
+        scaler = torch.amp.GradScaler("cpu")
+        with pytest.raises(UnsupportedError, match="loss scale that is no longer known") as caught:
+            scaled_step(model, optimizer, scaler, 0, unscale=True)
+        assert "leave out scaler.unscale_" in str(caught.value)
+        assert f"a step of {preconditioner!r}" in str(caught.value)
 
 
 # --- torch.compile --------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_compiled_layers_outside_the_ode_take_the_fallback_by_name() -> None:
     optimizer = SNOpt(model)
     how = dict(optimizer.summary())
     assert how["0._orig_mod.weight"] == "adam (fallback)"
-    assert how["1.weight"] == "kfe_adam"
+    assert how["1.weight"] == "trust_region"
 
 
 # --- memory formats -------------------------------------------------------------------------------

@@ -46,19 +46,26 @@ class CurvatureSpec:
 
     Attributes:
         curvature: 'empirical' (seed Φ_x of each sample's loss), 'mc' or 'ggn' (seeds of the loss);
-            'auto' becomes 'mc' when a loss that has seeds is evaluated, and is 'empirical' else.
+            'auto' takes seeds where a loss offers some, and is 'empirical' else.
         weight_sharing: 'expand' or 'reduce' (positions summed before the outer product).
         reduction: how the loss combines the samples, 'mean' or 'sum'.
+        offered: the seeds that 'auto' has been offered, 'mc' or 'ggn'.
     """
 
     curvature: CurvatureKind = "empirical"
     weight_sharing: WeightSharing = "expand"
     reduction: Reduction = "mean"
+    offered: Literal["mc", "ggn"] | None = None
+
+    @property
+    def kind(self) -> CurvatureKind:
+        """What is collected; 'auto' as long as that is open."""
+        return self.offered or self.curvature
 
     @property
     def seeded(self) -> bool:
         """Whether seeds of the loss are collected, and not the gradients' own."""
-        return self.curvature in ("mc", "ggn")
+        return self.kind in ("mc", "ggn")
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

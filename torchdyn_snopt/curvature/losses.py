@@ -13,6 +13,7 @@ that asks for 'ggn' or 'mc' nothing else happens.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -20,12 +21,19 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from torchdyn_snopt.curvature.registry import offer_seeds, seeded_collectors, wanted_columns
-from torchdyn_snopt.curvature.seeds import Held, Source, carry, current_trial
+from torchdyn_snopt.curvature.registry import (
+    offer_seeds,
+    open_collectors,
+    seeded_collectors,
+    wanted_columns,
+)
+from torchdyn_snopt.curvature.seeds import Held, Source, carry, current_trial, leaves_behind
 from torchdyn_snopt.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torchdyn_snopt.curvature.registry import Collector
 
 ColumnKind: TypeAlias = Literal["ggn", "mc"]
 
@@ -72,8 +80,10 @@ class _Seeded:
     ) -> Tensor:
         if not torch.is_grad_enabled() or not value.requires_grad:
             return value
-        offer_seeds()
-        kind = wanted_columns()
+        takers = _takers(value)
+        if takers:
+            offer_seeds(takers, self.curvature)
+        kind = wanted_columns(takers)
         if kind is None:
             return value
         if self.curvature not in (None, kind):
@@ -94,8 +104,15 @@ class _Seeded:
             seeds = columns(kind)
         for collector in seeded_collectors():
             collector.check_rank(len(seeds[0]), seeds[0].shape[1])
-        value = _Seed.apply(value, seeds, *outputs)
+        value = _Seed.apply(value, kind, takers, seeds, *outputs)
         return value
+
+
+def _takers(value: Tensor) -> weakref.WeakSet[Collector]:
+    """Collectors that take seeds where there are some, and whose layers the loss depends on."""
+    waiting = open_collectors() if value.dim() == 0 else []
+    leaves = list(leaves_behind(value)) if waiting else []
+    return weakref.WeakSet(c for c in waiting if any(c.watches(leaf) for leaf in leaves))
 
 
 class _End(Function):
@@ -122,20 +139,29 @@ class _Seed(Function):
     """The identity on the loss's value; its backward pass sends the columns off first."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, seeds: list[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.seeds = seeds
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        kind: ColumnKind,
+        takers: weakref.WeakSet[Collector],
+        seeds: list[Tensor],
+        *outputs: Tensor,
+    ) -> Tensor:
+        ctx.kind, ctx.takers, ctx.seeds = kind, takers, seeds
         ctx.save_for_backward(*outputs)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         outputs = ctx.saved_tensors
+        # Again: gradients may have been cleared since the loss was evaluated.
+        offer_seeds(ctx.takers, ctx.kind)
         for collector in seeded_collectors():
             collector.seeded = True
         # A factor in front of the loss counts like the 1/N of its mean, as it does in gradients.
         columns = [grad_value * seeds for seeds in ctx.seeds]
         carry(outputs, columns, {Source(columns[0].shape[1]): len(columns[0])})
-        return grad_value, None, *(None for _ in outputs)
+        return grad_value, None, None, None, *(None for _ in outputs)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss, _Seeded):

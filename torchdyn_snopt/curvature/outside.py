@@ -100,6 +100,7 @@ class OutsideRecorder:
         kind = self.collector.spec.curvature
         if kind != "empirical":
             note_call(LayerCall(self, layer, z), output)
+        # What 'auto' becomes is known when the gradient arrives.
         if kind in ("mc", "ggn"):
             return
 

@@ -161,9 +161,10 @@ class Collector:
             known.absorb(sums)
 
     def clear(self) -> None:
-        """Forget what was collected."""
+        """Forget what was collected, and what seeds were offered."""
         self._sums.clear()
         self.seeded = False
+        self.spec = replace(self.spec, offered=None)
 
 
 def active_collectors() -> list[Collector]:
@@ -175,8 +176,11 @@ def active_collectors() -> list[Collector]:
     return [collector for collector in _collectors if collector.active]
 
 
-def wanted_columns() -> Literal["mc", "ggn"] | None:
+def wanted_columns(takers: Iterable[Collector] = ()) -> Literal["mc", "ggn"] | None:
     """Which seeds of the loss an active collector waits for.
+
+    Args:
+        takers: collectors of kind 'auto' that have been offered some.
 
     Returns:
         'mc' or 'ggn'; None when the gradients' own curvature is enough for all.
@@ -184,7 +188,7 @@ def wanted_columns() -> Literal["mc", "ggn"] | None:
     Raises:
         UnsupportedError: both are waited for at the same time.
     """
-    kinds = {c.spec.curvature for c in _collectors if c.active} - {"auto", "empirical"}
+    kinds = {c.spec.curvature for c in _collectors if c.active} & {"mc", "ggn"}
     if len(kinds) > 1:
         raise UnsupportedError(
             "one backward pass cannot carry two kinds of seeds",
@@ -192,16 +196,32 @@ def wanted_columns() -> Literal["mc", "ggn"] | None:
             allowed="one of them at a time",
             do="give all parameter groups and record_curvature the same curvature",
         )
+    kinds = kinds or {c.spec.kind for c in takers}
     if "mc" in kinds:
         return "mc"
     return "ggn" if kinds else None
 
 
-def offer_seeds() -> None:
-    """A loss that has seeds is evaluated: active collectors of kind 'auto' wait for 'mc'."""
-    for collector in _collectors:
-        if collector.active and collector.spec.curvature == "auto":
-            collector.spec = replace(collector.spec, curvature="mc")
+def open_collectors() -> list[Collector]:
+    """Active collectors that take seeds of a loss where there are some.
+
+    Returns:
+        Those of kind 'auto'.
+    """
+    return [c for c in _collectors if c.active and c.spec.curvature == "auto"]
+
+
+def offer_seeds(takers: Iterable[Collector], kind: Literal["mc", "ggn"] | None) -> None:
+    """Let collectors of kind 'auto' wait for the seeds of a loss.
+
+    Args:
+        takers: them.
+        kind: that the loss speaks of; 'mc' when None. What other collectors ask for goes first: one
+            backward pass carries one kind.
+    """
+    offered = wanted_columns() or kind or "mc"
+    for collector in takers:
+        collector.spec = replace(collector.spec, offered=offered)
 
 
 def may_be_seeded() -> bool:

@@ -203,6 +203,21 @@ def carry(outputs: Sequence[Tensor], columns: Sequence[Tensor], sources: dict[So
                     recorder.keep_columns(call, source, part)
 
 
+def leaves_behind(value: Tensor) -> Iterator[Tensor]:
+    """The leaves that a tensor depends on, through solves too.
+
+    Args:
+        value: it.
+
+    Yields:
+        Each once: parameters, and whatever else requires gradients.
+    """
+    for node in _walk([value.grad_fn], set(), cross=True):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+
+
 def _survey(starts: Sequence[Node]) -> tuple[list[_Stop], list[SolveStation]]:
     """Stations that can be reached without crossing a solve, and all solves."""
     stops: list[_Stop] = []

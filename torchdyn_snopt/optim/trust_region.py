@@ -96,7 +96,7 @@ class TrustRegion(KFAC):
         factor = float(trust_factor(squared, group["lr"], group["kl_clip"]))
         report |= {"clip_factor": factor, "kl_clip": group["kl_clip"]}
         moved = (group["lr"] * factor) ** 2 * float(squared)
-        group["travelled"] += moved
+        group["travelled"] = group.get("travelled", 0.0) + moved
         for layer, natural in zip(layers, naturals, strict=True):
             natural.mul_(factor)
             layer.state["last_update"] = natural
@@ -122,7 +122,7 @@ class TrustRegion(KFAC):
         lengths = (
             _squared_length(some, last).sqrt() * product(now, self._naturals(some, now)).sqrt()
         )
-        cosine = float(slope / lengths) if lengths > 0.0 else 0.0
+        cosine = 0.0 if lengths == 0.0 else float(slope / lengths)
         if math.isfinite(cosine):
             rate = RATE / (1.0 + group["step"] / SETTLE)
             change = rate * (max(-1.0, min(1.0, cosine)) - AIM)
@@ -163,7 +163,8 @@ def is_due(group: Group) -> bool:
     """
     step: int = group["step"]
     waited = step - group.get("refreshed", 0)
-    return step < EARLY or waited >= group["update_freq"] or group["travelled"] >= STALE
+    far = group.get("travelled", 0.0) >= STALE
+    return step < EARLY or waited >= group["update_freq"] or far
 
 
 def _squared_length(layers: list[Layer], updates: list[Tensor]) -> Tensor:
