@@ -114,7 +114,7 @@ def draw_tasks(runs_of_tasks: Sequence[Sequence[Run]]) -> dict[str, Figure]:
                 axes.set_title(runs[0].header["title"])
         figure.legend(
             handles=_handles(styles), frameon=False, handlelength=3.5, loc="outside lower center",
-            ncols=min(len(styles), max(2, 3 * columns)),
+            ncols=min(len(styles), max(2, 3 * columns - 1)),
         )  # fmt: skip
         figures[name] = figure
     return figures
