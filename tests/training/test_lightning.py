@@ -126,7 +126,7 @@ OPTIONS = {"gradient_clip_val": CLIP, "accumulate_grad_batches": ACCUMULATE}
 
 def test_digits_reach_the_loss_of_the_plain_loop(lightning: Any, tmp_path: Path) -> None:
     """With clipping and accumulation; stopped, resumed from its checkpoint, and to the bit."""
-    dataset, settings = digits(352), {"lr": 0.02, "update_freq": 2}
+    dataset, settings = digits(352), {"update_freq": 2}
     model = digits_model()
     losses, _ = plain_loop(model, dataset, 2, **settings)
     module = module_in(lightning, digits_model(), dataset, **settings)
