@@ -447,7 +447,7 @@ CURVATURE: dict[str, Case] = {
     ),
     "of an unknown kind": (
         lambda: record_curvature(linear(), curvature="fisher").__enter__(),
-        InvalidInputError, "curvature='fisher'", "pass curvature='empirical'",
+        InvalidInputError, "curvature='fisher'", "pass curvature='auto'",
     ),
     "shared in an unknown way": (
         lambda: record_curvature(linear(), weight_sharing="sum").__enter__(),
