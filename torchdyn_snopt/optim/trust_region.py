@@ -2,8 +2,9 @@
 
 The step is −ν C⁻¹ m, with C the damped Kronecker factors and m Adam's average of the gradients. ν
 is at most lr (a learning rate of 1 is Newton's step), and so small that the model moves by no more
-than κ in the metric of the undamped factors: ν² ⟨d, (A ⊗ B) d⟩ ≤ κ. For likelihoods κ is twice the
-KL divergence between the predictions before and after a step, in nats; no unit of a weight enters.
+than κ in the metric of C: ν² ⟨d, C d⟩ ≤ κ for d = C⁻¹ m. For likelihoods, but for the damping, κ is
+twice the KL divergence between the predictions before and after a step, in nats; no unit of a
+weight enters.
 
 Nobody has to know κ. The next gradient, which is there anyway, tells whether the last step Δ was
 too long: its cosine with −Δ in the same metric,
@@ -26,19 +27,16 @@ steps, then once the steps since the last refresh add up to `STALE`, at the late
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchdyn_snopt.optim.preconditioners import KFAC, Report, product, trust_factor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from torchdyn_snopt.optim.layers import Layer
-    from torchdyn_snopt.optim.preconditioners import Parts
 
 Group = dict[str, Any]
 
@@ -52,26 +50,6 @@ EARLY, STALE = 10, 1e-2
 
 class TrustRegion(KFAC):
     """See the module. κ is the group's kl_clip, which changes from step to step."""
-
-    PARTS: ClassVar[Mapping[str, tuple[str, int]]] = {
-        **KFAC.PARTS,
-        "metric_A": ("A", 2),
-        "metric_B": ("B", 2),
-    }
-
-    def decompose(self, layer: Layer, group: Group) -> Parts:
-        """Invert the damped factors, and keep the undamped ones; see `Preconditioner`.
-
-        Args:
-            layer: with new factors.
-            group: damping λ (weight decay γ is added to it).
-
-        Returns:
-            Both inverses, and both factors, which a later failure drops from the averages.
-        """
-        parts = super().decompose(layer, group)
-        parts |= {"metric_A": layer.state["A"].clone(), "metric_B": layer.state["B"].clone()}
-        return parts
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
@@ -92,14 +70,15 @@ class TrustRegion(KFAC):
         report["cosine"] = self._follow(layers, gradients, group)
         averages = self._averages(layers, gradients, group["momentum"])
         naturals = self._naturals(layers, averages)
-        squared = _squared_length(layers, naturals)
+        squared = product(naturals, averages)  # ⟨d, C d⟩, as C d is the averaged gradient
         factor = float(trust_factor(squared, group["lr"], group["kl_clip"]))
         report |= {"clip_factor": factor, "kl_clip": group["kl_clip"]}
         moved = (group["lr"] * factor) ** 2 * float(squared)
         group["travelled"] = group.get("travelled", 0.0) + moved
-        for layer, natural in zip(layers, naturals, strict=True):
+        for layer, natural, average in zip(layers, naturals, averages, strict=True):
             natural.mul_(factor)
             layer.state["last_update"] = natural
+            layer.state["last_squared"] = factor * torch.sum(natural * average)
         return naturals
 
     def _follow(self, layers: list[Layer], gradients: list[Tensor], group: Group) -> float:
@@ -119,9 +98,8 @@ class TrustRegion(KFAC):
         now = [g for _, g in known]
         last = [layer.state["last_update"] for layer in some]
         slope = product(now, last)
-        lengths = (
-            _squared_length(some, last).sqrt() * product(now, self._naturals(some, now)).sqrt()
-        )
+        length = torch.stack([layer.state["last_squared"] for layer in some]).sum().sqrt()
+        lengths = length * product(now, self._naturals(some, now)).sqrt()
         cosine = 0.0 if lengths == 0.0 else float(slope / lengths)
         if math.isfinite(cosine):
             rate = RATE / (1.0 + group["step"] / SETTLE)
@@ -165,12 +143,3 @@ def is_due(group: Group) -> bool:
     waited = step - group.get("refreshed", 0)
     far = group.get("travelled", 0.0) >= STALE
     return step < EARLY or waited >= group["update_freq"] or far
-
-
-def _squared_length(layers: list[Layer], updates: list[Tensor]) -> Tensor:
-    """⟨d, (A ⊗ B) d⟩ over all layers."""
-    images = [
-        layer.state["metric_B"] @ d @ layer.state["metric_A"]
-        for layer, d in zip(layers, updates, strict=True)
-    ]
-    return product(updates, images)
