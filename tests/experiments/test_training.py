@@ -289,6 +289,18 @@ def test_a_solve_that_fails_ends_the_run_with_the_solvers_reason(tmp_path):
     assert len(records(tmp_path, "step")) == result.position.iteration > 0
 
 
+def test_a_model_that_cannot_be_evaluated_at_the_end_has_failed(tmp_path, monkeypatch):
+    def evaluate(self, samples):
+        raise InvalidInputError("not finite", got="inf", allowed="finite states", do="try less")
+
+    monkeypatch.setattr(TrainingRun, "evaluate", evaluate)
+    config = dataclasses.replace(tiny_config("adam"), budget=Budget(seconds=1e-9))
+    _, result = train(config, tmp_path)
+    assert result.status == "failed"
+    assert "not finite" in result.reason
+    assert len(records(tmp_path, "step")) == 1
+
+
 def test_a_defect_is_not_taken_for_a_failed_run(tmp_path):
     def broken(outputs, targets):
         raise AttributeError("a mistake in the program")

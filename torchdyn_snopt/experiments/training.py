@@ -151,11 +151,11 @@ class TrainingRun:
                     observer.stepped(record)
                 if self.position.batch == self.batches:
                     self._finish_epoch(log, observers)
+            finished = self._is_done()
+            if finished and self.position.evaluated < self.position.iteration:
+                self._evaluate(log, observers)
         except RUN_FAILURES as error:
             return "failed", f"{type(error).__name__}: {error}"
-        finished = self._is_done()
-        if finished and self.position.evaluated < self.position.iteration:
-            self._evaluate(log, observers)
         self._save(log)
         return ("finished" if finished else "interrupted"), None
 
