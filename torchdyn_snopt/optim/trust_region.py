@@ -66,10 +66,10 @@ class TrustRegion(KFAC):
             Updates.
         """
         if group["kl_clip"] is None:
-            return self._naturals(layers, self._averages(layers, gradients, group["momentum"]))
+            return self.naturals(layers, self._averages(layers, gradients, group["momentum"]))
         report["cosine"] = self._follow(layers, gradients, group)
         averages = self._averages(layers, gradients, group["momentum"])
-        naturals = self._naturals(layers, averages)
+        naturals = self.naturals(layers, averages)
         squared = product(naturals, averages)  # ⟨d, C d⟩, as C d is the averaged gradient
         factor = float(trust_factor(squared, group["lr"], group["kl_clip"]))
         report |= {"clip_factor": factor, "kl_clip": group["kl_clip"]}
@@ -99,7 +99,7 @@ class TrustRegion(KFAC):
         last = [layer.state["last_update"] for layer in some]
         slope = product(now, last)
         length = torch.stack([layer.state["last_squared"] for layer in some]).sum().sqrt()
-        lengths = length * product(now, self._naturals(some, now)).sqrt()
+        lengths = length * product(now, self.naturals(some, now)).sqrt()
         cosine = 0.0 if lengths == 0.0 else float(slope / lengths)
         if math.isfinite(cosine):
             rate = RATE / (1.0 + group["step"] / SETTLE)
@@ -120,13 +120,6 @@ class TrustRegion(KFAC):
             state["exp_avg"].lerp_(g, 1.0 - beta)
             averages.append(state["exp_avg"] / (1.0 - beta ** state["adam_step"]))
         return averages
-
-    @staticmethod
-    def _naturals(layers: list[Layer], gradients: list[Tensor]) -> list[Tensor]:
-        return [
-            layer.state["B_inv"] @ g @ layer.state["A_inv"]
-            for layer, g in zip(layers, gradients, strict=True)
-        ]
 
 
 def is_due(group: Group) -> bool:
