@@ -69,7 +69,9 @@ def _samples(pixels: Array, labels: Array | None) -> Samples:
     return Samples(x, torch.as_tensor(labels).long())
 
 
-def classifier(colours: int, sensitivity: Sensitivity, tolerance: float) -> nn.Module:
+def classifier(
+    colours: int, sensitivity: Sensitivity = "snopt", tolerance: float = 1e-3
+) -> nn.Module:
     """Images ``[batch, colours, height, width]`` to logits ``[batch, 10]``.
 
     Args:

@@ -1,17 +1,19 @@
 """`japanese-vowels`: nine speakers by two vowels (Kudo et al. 1999; UEA).
 
-The model is that of `tasks.series`. The series come with aeon, so nothing is downloaded.
+The model is that of `tasks.series`, with 10,121 parameters. The series come with
+aeon, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from torchdyn_snopt.experiments.download import fetch
 from torchdyn_snopt.experiments.tasks import series
-from torchdyn_snopt.experiments.tasks.base import ACCURACY, Sensitivity, Splits, Task
+from torchdyn_snopt.experiments.tasks.base import ACCURACY, Splits, Task
 
 CHANNELS, CLASSES = 12, 9
 HIDDEN = 32
@@ -31,24 +33,11 @@ def load(data_dir: Path | None = None) -> Splits:
     return series.load_official("japanese-vowels", data_dir)
 
 
-def build_model(sensitivity: Sensitivity = "snopt", tolerance: float = 1e-3) -> nn.Module:
-    """The classifier: series to logits ``[batch, 9]``, 10,121 parameters.
-
-    Args:
-        sensitivity: How the gradient of the ODE is computed.
-        tolerance: rtol and atol of every solve.
-
-    Returns:
-        A new model.
-    """
-    return series.SeriesClassifier(CHANNELS, HIDDEN, CLASSES, sensitivity, tolerance)
-
-
 TASK = Task(
     name="japanese-vowels",
     title="JapaneseVowels",
     load=load,
-    build_model=build_model,
+    build_model=partial(series.SeriesClassifier, CHANNELS, HIDDEN, CLASSES),
     loss=nn.functional.cross_entropy,
     metric=ACCURACY,
     batch_size=64,
