@@ -11,7 +11,7 @@ from torch import nn
 from tests.optim.problems import flat, plain, train
 from tests.reference import relative_error
 from torchdyn_snopt import SNOpt
-from torchdyn_snopt.optim.fallback import ADAM_EPS
+from torchdyn_snopt.optim.moments import ADAM_EPS
 
 STEPS = range(10)
 

@@ -7,7 +7,7 @@ whose losses were divided by their number then give exactly the factors of the w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchdyn_snopt.curvature.layers import (
     Rows,
     WeightSharing,
+    enough_samples,
     gradient_rows,
     in_weight_order,
     input_rows,
@@ -49,12 +50,14 @@ class CurvatureSpec:
             'auto' takes seeds where a loss offers some, and is 'empirical' else.
         weight_sharing: 'expand' or 'reduce' (positions summed before the outer product).
         reduction: how the loss combines the samples, 'mean' or 'sum'.
+        sampled: whether A of a large convolution may come from a part of the batch.
         offered: the seeds that 'auto' has been offered, 'mc' or 'ggn'.
     """
 
     curvature: CurvatureKind = "empirical"
     weight_sharing: WeightSharing = "expand"
     reduction: Reduction = "mean"
+    sampled: bool = False
     offered: Literal["mc", "ggn"] | None = None
 
     @property
@@ -87,11 +90,14 @@ class Factors:
         A: ``[in(+1), in(+1)]``, or ``[G, in(+1), in(+1)]`` for a grouped convolution.
         B: ``[out, out]``, or ``[G, out/G, out/G]``.
         scale: 1/(t1 − t0) for 'empirical' (the paper's scaled seed), else 1.
+        fisher_scale: by how much the Fisher of one sample exceeds the variance of the gradients of
+            batches: N for a loss that is the mean over N samples, 1/N for a sum.
     """
 
     A: Tensor
     B: Tensor
     scale: float = 1.0
+    fisher_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,14 @@ class Totals:
         Returns:
             A, B and the scale.
         """
-        multiplier = self.batch**2 if spec.reduction == "mean" else 1.0
+        mean = spec.reduction == "mean"
+        multiplier = self.batch**2 if mean else 1.0
         expand = spec.weight_sharing == "expand"
         positions = self.rows / self.row_samples if expand else 1.0
         scale = 1.0 if spec.seeded else self.samples / self.sample_time
         b = self.b * (multiplier / (self.samples * positions))
-        return Factors(self.a / self.samples, b, scale)
+        fisher_scale = self.batch if mean else 1.0 / self.batch
+        return Factors(self.a / self.samples, b, scale, fisher_scale)
 
 
 class Use(NamedTuple):
@@ -193,10 +201,7 @@ class LayerSums:
             Samples of the layer: ``batch``, or 1 for a layer fed without batch dimension.
         """
         uses = [_in_wide_dtype(use) for use in uses]
-        inputs = [
-            input_rows(use.module or self.module, use.z, batch, self.spec.weight_sharing)
-            for use in uses
-        ]
+        inputs = [self._inputs(use, batch) for use in uses]
         gradients = [rows for use in uses if (rows := self._gradients(use, batch)) is not None]
         self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
         self._row_samples += weight * inputs[0].samples
@@ -209,11 +214,20 @@ class LayerSums:
         for z in inputs:
             if z.strips not in self._a:
                 self._a[z.strips] = z.moment(one=self.bias)
-            self._a[z.strips].add(z.values, weight)
+            self._a[z.strips].add(z.values, weight * z.stand_for)
         for g in gradients:
             self._b = self._b or Moment(g)
             self._b.add(g, weight if gradient_weight is None else gradient_weight)
         return inputs[0].samples
+
+    def _inputs(self, use: Use, batch: int) -> Rows:
+        module, sharing = use.module or self.module, self.spec.weight_sharing
+        few = self.spec.sampled and sharing == "expand"
+        some = enough_samples(module, use.z, batch) if few else batch
+        if some == batch:
+            return input_rows(module, use.z, batch, sharing)
+        rows = input_rows(module, use.z[:: batch // some][:some], some, sharing)
+        return replace(rows, samples=batch, stand_for=batch / some)
 
     def _gradients(self, use: Use, batch: int) -> Tensor | None:
         sharing = self.spec.weight_sharing

@@ -34,6 +34,9 @@ Conv: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 LayerModule: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
+# See `enough_samples`: this many multiplications take about as long as the factor's eigenvectors.
+ROWS_PER_DIMENSION, CHEAP = 2, 5e8
+
 SUPPORTED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -46,12 +49,14 @@ class Rows:
         samples: number of samples; 1 for a layer fed without batch dimension.
         positions: rows that each sample contributed before any reduction.
         strips: set when the values are strips ``[lines, rows, features]`` (or ``[G, ...]``).
+        stand_for: how many samples each one of those that are here stands for.
     """
 
     values: Tensor
     samples: int
     positions: int
     strips: Strips | None = None
+    stand_for: float = 1.0
 
     def moment(self, *, one: bool) -> Moment | StripMoment:
         """An empty sum that takes rows like these.
@@ -147,6 +152,30 @@ def input_rows(module: LayerModule, z: Tensor, batch: int, sharing: WeightSharin
     if rows.samples < samples:
         rows.values = _by_sample(rows).mean(-2)
     return rows
+
+
+def enough_samples(module: LayerModule, z: Tensor, batch: int) -> int:
+    """How many samples of a batch show what A is, where all of them would be a lot of work.
+
+    That is `ROWS_PER_DIMENSION` patches for each dimension of A, or as many as `CHEAP`
+    multiplications are for.
+
+    Args:
+        module: the layer.
+        z: its input.
+        batch: samples in the batch of the whole model.
+
+    Returns:
+        The batch itself, unless the layer is a convolution with many patches.
+    """
+    if isinstance(module, nn.Linear) or z.dim() != 2 + _space(module) or z.shape[0] != batch:
+        return batch
+    padded = [size + sum(pair) for size, pair in zip(z.shape[2:], _padding(module), strict=True)]
+    geometry = zip(padded, module.kernel_size, module.stride, module.dilation, strict=True)
+    positions = math.prod(_locations(*sizes) for sizes in geometry)
+    size = module.in_channels // module.groups * math.prod(module.kernel_size)
+    rows = max(ROWS_PER_DIMENSION * size, CHEAP / size**2)
+    return min(batch, math.ceil(rows / max(positions, 1)))
 
 
 def patch_rows(module: Conv, z: Tensor, batch: int) -> Rows:

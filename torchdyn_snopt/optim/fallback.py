@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchdyn_snopt.optim.moments import absorb, corrections, deviations
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
 Group = dict[str, Any]
-ADAM_EPS = 1e-8
 
 
 def sgd(params: list[Tensor], gradients: list[Tensor], states: list[Group], group: Group) -> None:
@@ -42,21 +43,10 @@ def adam(params: list[Tensor], gradients: list[Tensor], states: list[Group], gro
         states: of each parameter.
         group: lr, momentum and alpha.
     """
-    beta1, beta2 = group["momentum"], group["alpha"]
-    for state, g in zip(states, gradients, strict=True):
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
-            state["adam_step"] = 0
-        state["adam_step"] += 1
+    absorb(states, gradients, group["momentum"], group["alpha"])
     first = [state["exp_avg"] for state in states]
-    second = [state["exp_avg_sq"] for state in states]
-    torch._foreach_lerp_(first, gradients, 1.0 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, gradients, gradients, value=1.0 - beta2)
-    scale = torch._foreach_sqrt(second)
-    torch._foreach_div_(scale, [(1.0 - beta2 ** s["adam_step"]) ** 0.5 for s in states])
-    torch._foreach_add_(scale, ADAM_EPS)
-    steps = [-group["lr"] / (1.0 - beta1 ** s["adam_step"]) for s in states]
+    scale = deviations(states, group["alpha"])
+    steps = [-group["lr"] / correction for correction in corrections(states, group["momentum"])]
     torch._foreach_addcdiv_(params, first, scale, steps)
 
 

@@ -104,4 +104,4 @@ class Layer:
                 state[key].lerp_(new, share)
             else:
                 state[key] = new.clone()
-        state["factor_weight"] = weight
+        state["factor_weight"], state["fisher_scale"] = weight, factors.fisher_scale

@@ -7,13 +7,14 @@ with the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
 from torchdyn_snopt.errors import CurvatureError
 from torchdyn_snopt.optim.eigenbasis import damped_inverse, follow_basis, symmetric_eigen
+from torchdyn_snopt.optim.moments import absorb, corrections, deviations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,15 +143,61 @@ def keep_last_good(layer: Layer, error: Exception) -> None:
         ) from error
 
 
+def rotated(states: list[Group], gradients: list[Tensor]) -> list[Tensor]:
+    """U_Bᵀ G U_A: gradients in the eigenbases of their layers.
+
+    Args:
+        states: with U_A and U_B.
+        gradients: one matrix each.
+
+    Returns:
+        One matrix each.
+    """
+    pairs = zip(states, gradients, strict=True)
+    return [state["U_B"].mT @ g @ state["U_A"] for state, g in pairs]
+
+
+def rotated_back(states: list[Group], updates: list[Tensor]) -> list[Tensor]:
+    """U_B X U_Aᵀ, the way back.
+
+    Args:
+        states: with U_A and U_B.
+        updates: X, one matrix each.
+
+    Returns:
+        One matrix each.
+    """
+    pairs = zip(states, updates, strict=True)
+    return [state["U_B"] @ u @ state["U_A"].mT for state, u in pairs]
+
+
+def turn_moments(state: Group, parts: Parts, squares: Sequence[str]) -> None:
+    """Rotate a layer's moments from the eigenbasis in its state to a new one.
+
+    With R = U_newᵀ U_old the first moment is rotated along, and second ones by the squares of R's
+    entries, which is exact for uncorrelated coordinates.
+
+    Args:
+        state: of a layer; nothing happens before its first step.
+        parts: the new U_A and U_B.
+        squares: keys of the second moments.
+    """
+    if "exp_avg" not in state:
+        return
+    turn_a, turn_b = (parts[basis].mT @ state[basis] for basis in ("U_A", "U_B"))
+    state["exp_avg"] = turn_b @ state["exp_avg"] @ turn_a.mT
+    turn_a, turn_b = turn_a.square(), turn_b.square()
+    for key in squares:
+        state[key] = turn_b @ state[key] @ turn_a.mT
+
+
 class KFEAdam(Preconditioner):
     """Adam's moments in the Kronecker eigenbasis of the curvature.
 
     With U_A, U_B the eigenvectors of A and B, Adam runs on U_Bᵀ G U_A. The idea of running Adam in
     a Kronecker eigenbasis is SOAP's (Vyas et al. 2024); there the basis comes from the gradients'
     own moments, here from the curvature of the backward solve (the KFE of George et al. 2018),
-    which is of full rank from the first batch on. When the basis turns by R = U_newᵀ U_old, the
-    first moment is rotated along, and the second one by the squares of R's entries, which is exact
-    for uncorrelated coordinates.
+    which is of full rank from the first batch on. When the basis turns, the moments turn along.
     """
 
     PARTS: ClassVar[Mapping[str, tuple[str, int]]] = {"U_A": ("A", 2), "U_B": ("B", 2)}
@@ -182,15 +229,8 @@ class KFEAdam(Preconditioner):
             layer: they belong to.
             parts: U_A and U_B.
         """
-        state = layer.state
-        turns = {
-            basis: new.mT @ state[basis] if basis in state else None for basis, new in parts.items()
-        }
-        state.update(parts, refreshes=state.get("refreshes", 0) + 1)
-        turn_a, turn_b = turns["U_A"], turns["U_B"]
-        if "exp_avg" in state and turn_a is not None and turn_b is not None:
-            state["exp_avg"] = turn_b @ state["exp_avg"] @ turn_a.mT
-            state["exp_avg_sq"] = turn_b.square() @ state["exp_avg_sq"] @ turn_a.square().mT
+        turn_moments(layer.state, parts, squares=("exp_avg_sq",))
+        layer.state.update(parts, refreshes=layer.state.get("refreshes", 0) + 1)
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
@@ -206,31 +246,12 @@ class KFEAdam(Preconditioner):
         Returns:
             Updates.
         """
-        beta1, beta2 = group["momentum"], group["alpha"]
         states = [layer.state for layer in layers]
-        rotated = [
-            state["U_B"].mT @ g @ state["U_A"] for state, g in zip(states, gradients, strict=True)
-        ]
-        for state, g in zip(states, rotated, strict=True):
-            if "exp_avg" not in state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
-                state["adam_step"] = 0
-            state["adam_step"] += 1
-        first = [state["exp_avg"] for state in states]
-        second = [state["exp_avg_sq"] for state in states]
-        torch._foreach_lerp_(first, rotated, 1.0 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, rotated, rotated, value=1.0 - beta2)
-        correction1 = [1.0 - beta1 ** state["adam_step"] for state in states]
-        correction2 = [(1.0 - beta2 ** state["adam_step"]) ** 0.5 for state in states]
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, correction2)
-        torch._foreach_add_(scale, group["damping"])
-        torch._foreach_mul_(scale, correction1)
-        directions = torch._foreach_div(first, scale)
-        return [
-            state["U_B"] @ u @ state["U_A"].mT for state, u in zip(states, directions, strict=True)
-        ]
+        absorb(states, rotated(states, gradients), group["momentum"], group["alpha"])
+        scale = deviations(states, group["alpha"], group["damping"])
+        torch._foreach_mul_(scale, corrections(states, group["momentum"]))
+        directions = torch._foreach_div([state["exp_avg"] for state in states], scale)
+        return rotated_back(states, list(directions))
 
 
 class KFAC(Preconditioner):
@@ -251,13 +272,9 @@ class KFAC(Preconditioner):
         Raises:
             LinAlgError: a factor is not finite.
         """
-        state = layer.state
-        a, b = state["A"], state["B"]
-        root = (group["damping"] + group["weight_decay"]) ** 0.5
-        pi = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt().clamp(1e-6, 1e6)
-        if not bool(torch.isfinite(pi).all()):
-            raise torch.linalg.LinAlgError("a factor is not finite")
-        return {"A_inv": damped_inverse(a, root * pi), "B_inv": damped_inverse(b, root / pi)}
+        a, b = layer.state["A"], layer.state["B"]
+        share_a, share_b = damping_shares(a, b, group)
+        return {"A_inv": damped_inverse(a, share_a), "B_inv": damped_inverse(b, share_b)}
 
     def install(self, layer: Layer, parts: Parts) -> None:
         """Keep the inverses; see `Preconditioner`.
@@ -365,6 +382,27 @@ class EKFAC(Preconditioner):
             state["S"].mul_(alpha).addcmul_(rotated, rotated, value=1.0 - alpha)
             natural.append(u_b @ (rotated / (state["S"] + epsilon)) @ u_a.mT)
         return _clip_and_gather(layers, gradients, natural, group, report)
+
+
+def damping_shares(a: Tensor, b: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """π√λ and √λ/π, what factored Tikhonov damping adds to A and B (Martens & Grosse 2015, 6.3).
+
+    Args:
+        a: A.
+        b: B.
+        group: damping λ (weight decay γ is added to it).
+
+    Returns:
+        Both ``[..., 1, 1]``.
+
+    Raises:
+        LinAlgError: a factor is not finite.
+    """
+    root = (group["damping"] + group["weight_decay"]) ** 0.5
+    pi = (_mean_eigenvalue(a) / _mean_eigenvalue(b)).sqrt().clamp(1e-6, 1e6)
+    if not bool(torch.isfinite(pi).all()):
+        raise torch.linalg.LinAlgError("a factor is not finite")
+    return root * pi, root / pi
 
 
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:

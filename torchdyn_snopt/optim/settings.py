@@ -21,7 +21,7 @@ _UNUSED: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "trust_region": {
         "lr": 1.0,
-        "momentum": 0.7,
+        "momentum": 0.6,
         "damping": 3e-3,
         "update_freq": 20,
         "alpha": 0.95,

@@ -81,22 +81,25 @@ class SNOpt(Optimizer):
 
     Args:
         params: a Module, or what every torch optimizer takes: parameters, named parameters, groups.
-        lr: learning rate η; for 'trust_region' the longest step, 1 being Newton's.
+        lr: learning rate η; for 'trust_region' the longest natural step, 1 being Newton's, and a
+            factor on Adam's part below 1.
         momentum: heavy-ball momentum; Adam's β₁ for 'trust_region' and 'kfe_adam'.
         weight_decay: γ of the paper's running cost: γθ joins the gradient, γI the curvature.
         damping: ε of Algorithm 2, Tikhonov λ of 'kfac' and 'trust_region', Adam's ε of 'kfe_adam'.
         update_freq: iterations between refreshes of the curvature; at most, for 'trust_region'.
-        alpha: decay of the second moments in the eigenbasis (Algorithm 2; Adam's β₂).
+        alpha: decay of the second moments in the eigenbasis (Algorithm 2; Adam's β₂), for
+            'trust_region' also of the gradients' variance.
         factor_decay: decay of the exponential average of A and B from refresh to refresh.
-        preconditioner: 'trust_region' (natural gradient, its length learned from the gradients),
-            'kfe_adam' (Adam's moments in the curvature's eigenbasis), 'kfac', 'ekfac' (Algorithm
-            2), or 'low_rank' (the Gauss–Newton step from the columns of Proposition 2).
+        preconditioner: 'trust_region' (natural gradient and Adam's direction in the curvature's
+            eigenbasis, their lengths learned from the gradients), 'kfe_adam' (Adam's moments in
+            that basis), 'kfac', 'ekfac' (Algorithm 2), or 'low_rank' (the Gauss–Newton step from
+            the columns of Proposition 2).
         curvature: seeds of the terminal curvature: 'empirical' (Φ_x of each sample, the paper's
             choice), 'mc' or 'ggn' (seeds of this package's losses, Proposition 2; for 'low_rank'),
             or 'auto': 'mc' where the loss is one of those, otherwise 'empirical'.
         weight_sharing: 'expand' or 'reduce' over positions (Eschenhagen et al. 2023).
         kl_clip: trust region of 'kfac' and 'ekfac', the first one of 'trust_region'; ``math.inf``
-            for none.
+            for none, which leaves the natural gradient alone.
         fallback: 'sgd' or 'adam' for parameters without curvature.
         reduction: how the loss combines samples, 'mean' or 'sum'.
         max_columns: for 'low_rank', limit on samples × seeds of a batch; a step keeps that many
@@ -613,7 +616,10 @@ def _collector(group: Group) -> Collector:
 
 
 def _spec(group: Group) -> CurvatureSpec:
-    return CurvatureSpec(group["curvature"], group["weight_sharing"], group["reduction"])
+    sampled = group["preconditioner"] == "trust_region"
+    return CurvatureSpec(
+        group["curvature"], group["weight_sharing"], group["reduction"], sampled=sampled
+    )
 
 
 def _request(group: Group, collector: Collector, recorder: OutsideRecorder) -> None:

@@ -1,37 +1,58 @@
-"""'trust_region': the natural gradient of 'kfac' in a trust region that follows the gradients.
+"""'trust_region': the natural gradient and Adam's direction, each as far as it can be trusted.
 
-The step is −ν C⁻¹ m, with C the damped Kronecker factors and m Adam's average of the gradients. ν
-is at most lr (a learning rate of 1 is Newton's step), and so small that the model moves by no more
-than κ in the metric of C: ν² ⟨d, C d⟩ ≤ κ for d = C⁻¹ m. For likelihoods, but for the damping, κ is
-twice the KL divergence between the predictions before and after a step, in nats; no unit of a
-weight enters.
+Both start from one average m of the gradients (Adam's first moment), in the eigenbasis of a layer's
+Kronecker factors: the step is −ν m/C − μ m/√v, with the curvature C and Adam's second moment v.
+The natural gradient is fast where the curvature is right. Adam's direction is safe where it is not:
+far from every minimum, and where a step moves all samples, times and layers together, of which the
+Kronecker factors of single layers know too little.
 
-Nobody has to know κ. The next gradient, which is there anyway, tells whether the last step Δ was
-too long: its cosine with −Δ in the same metric,
+C is the product of the damped eigenvalues of A and B, or a quarter of N times the gradients'
+variance where that is more. N times the variance of a batch's mean is the Fisher's diagonal in this
+basis (George et al. 2018), with all that positions and times have in common.
 
-    c = −⟨g, Δ⟩ / (‖g‖_{C⁻¹} ‖Δ‖_C),
+ν is at most lr (a learning rate of 1 is Newton's step), and so small that the model moves by no
+more than κ in the metric of C: ν² ⟨d, C d⟩ ≤ κ for d = m/C. For likelihoods, but for the damping,
+κ is twice the KL divergence between the predictions before and after a step, in nats; no unit of a
+weight enters. μ has a radius of its own in the metric of √v. At first, both steps are equally long
+in the metric of C.
 
-is positive as long as the loss still falls along Δ, and negative where the step has passed the
+Nobody has to know the radii. The next gradient g, which is there anyway, tells whether the last
+step was too long: its cosine with the last average in a step's metric,
+
+    c = ⟨g, m/C⟩ / (‖g‖_{1/C} ‖m‖_{1/C}),
+
+is positive as long as the loss still falls along the step, and negative where that has passed the
 minimum. κ ← κ exp(η (c − c₀)) makes κ grow while steps are too short, and shrink once they only
-follow the noise of the batches. That takes no evaluation of the loss, unlike the rule of Levenberg
-and Marquardt (Martens & Grosse 2015, 6.5); the idea of learning a step's length from the product of
-successive gradients is Almeida et al.'s (1999) and Baydin et al.'s (2018). The rate η falls as the
-gains of Robbins and Monro do, so that κ comes to rest; where batches give nothing but noise (c = 0)
-it falls on by a power of the number of steps.
+follow the noise of the batches; of two directions, the one that serves better becomes longer. That
+takes no evaluation of the loss, unlike the rule of Levenberg and Marquardt (Martens & Grosse 2015,
+6.5); the idea of learning a step's length from the product of successive gradients is Almeida et
+al.'s (1999) and Baydin et al.'s (2018). The rate η falls as the gains of Robbins and Monro do, and
+c₀ with it, so that the radii come to rest.
 
 The curvature is refreshed when it has become old by that same measure: in each of the first `EARLY`
-steps, then once the steps since the last refresh add up to `STALE`, at the latest after
-``update_freq`` of them.
+steps, then once the natural steps since the last refresh add up to `STALE`, at the latest after
+``update_freq`` steps.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from torchdyn_snopt.optim.preconditioners import KFAC, Report, product, trust_factor
+from torchdyn_snopt.optim.eigenbasis import symmetric_eigen
+from torchdyn_snopt.optim.moments import absorb, corrections, deviations
+from torchdyn_snopt.optim.preconditioners import (
+    Parts,
+    Preconditioner,
+    Report,
+    damping_shares,
+    rotated,
+    rotated_back,
+    turn_moments,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,86 +61,213 @@ if TYPE_CHECKING:
 
 Group = dict[str, Any]
 
-# κ ← κ exp(η (c − AIM)), with a rate η that falls as RATE / (1 + step/SETTLE).
+# κ ← κ exp(η (c − c₀)), with RATE for η and AIM for c₀, both divided by 1 + step/SETTLE.
 RATE, AIM, SETTLE = 2.0, 0.1, 30.0
+# Of κ; the radius of Adam's direction has a unit, and no upper bound.
 RADIUS_RANGE = (1e-10, 0.1)
+# The share of N times the gradients' variance that C has at least.
+VARIANCE_SHARE = 0.25
 # The curvature is refreshed in each of the first steps, and then when the squared lengths of the
 # steps since the last refresh add up to this.
-EARLY, STALE = 10, 1e-2
+EARLY, STALE = 10, 2e-2
+TINY = 1e-30
 
 
-class TrustRegion(KFAC):
+class Metrics(NamedTuple):
+    """What the two directions are divided by, entry by entry, for all layers in a row.
+
+    Attributes:
+        natural: C.
+        adam: √v.
+    """
+
+    natural: Tensor
+    adam: Tensor
+
+
+class TrustRegion(Preconditioner):
     """See the module. κ is the group's kl_clip, which changes from step to step."""
+
+    PARTS: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "U_A": ("A", 2),
+        "U_B": ("B", 2),
+        "damped_A": ("A", 1),
+        "damped_B": ("B", 1),
+    }
+
+    def decompose(self, layer: Layer, group: Group) -> Parts:
+        """Decompose the factors; see `Preconditioner`.
+
+        Args:
+            layer: with new factors.
+            group: damping λ (weight decay γ is added to it).
+
+        Returns:
+            Eigenvectors and damped eigenvalues of both.
+
+        Raises:
+            LinAlgError: a factor is not finite.
+        """
+        state = layer.state
+        shares = damping_shares(state["A"], state["B"], group)
+        parts = {}
+        for factor, share in zip("AB", shares, strict=True):
+            values, vectors = symmetric_eigen(state[factor])
+            parts |= {f"U_{factor}": vectors, f"damped_{factor}": values + share.squeeze(-1)}
+        return parts
+
+    def install(self, layer: Layer, parts: Parts) -> None:
+        """Rotate the moments along with the basis; see `Preconditioner`.
+
+        Args:
+            layer: they belong to.
+            parts: eigenvectors and damped eigenvalues.
+        """
+        turn_moments(layer.state, parts, squares=("exp_avg_sq", "variance"))
+        layer.state.update(parts)
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report
     ) -> list[Tensor]:
-        """ν/lr C⁻¹ m; see `Preconditioner`.
+        """(ν m/C + μ m/√v) / lr; see `Preconditioner`.
 
         Args:
             layers: refreshed.
             gradients: one matrix each.
-            group: momentum is β₁ of m; kl_clip is κ, and changes.
-            report: takes κ, the cosine and ν/lr.
+            group: momentum is β₁ of m, alpha β₂ of v and of the variance; kl_clip is κ, and
+                changes. None leaves the natural gradient alone, as long as it is.
+            report: takes the radii, the cosines, ν/lr and μ.
 
         Returns:
             Updates.
         """
+        states = [layer.state for layer in layers]
+        new = rotated(states, gradients)
+        cosines = self._cosines(states, new, group)
+        self._absorb(states, new, group)
+        metrics = self._metrics(states, group)
+        m = _in_a_row(_averages(states, group))
+        natural, adam = (m / metric for metric in metrics)
         if group["kl_clip"] is None:
-            return self.naturals(layers, self._averages(layers, gradients, group["momentum"]))
-        report["cosine"] = self._follow(layers, gradients, group)
-        averages = self._averages(layers, gradients, group["momentum"])
-        naturals = self.naturals(layers, averages)
-        squared = product(naturals, averages)  # ⟨d, C d⟩, as C d is the averaged gradient
-        factor = float(trust_factor(squared, group["lr"], group["kl_clip"]))
-        report |= {"clip_factor": factor, "kl_clip": group["kl_clip"]}
-        moved = (group["lr"] * factor) ** 2 * float(squared)
-        group["travelled"] = group.get("travelled", 0.0) + moved
-        for layer, natural, average in zip(layers, naturals, averages, strict=True):
-            natural.mul_(factor)
-            layer.state["last_update"] = natural
-            layer.state["last_squared"] = factor * torch.sum(natural * average)
-        return naturals
+            return rotated_back(states, _apart(natural, new))
+        lengths = torch.stack(
+            [torch.dot(natural, m), torch.dot(adam, m), torch.dot(adam * metrics.natural, adam)]
+        )
+        # One wait for the device.
+        figures = torch.cat([cosines, lengths]).tolist()
+        nu, mu = self._within_radii(*figures, group, report)
+        step = natural.mul_(nu).add_(adam, alpha=mu)
+        return rotated_back(states, _apart(step, new))
 
-    def _follow(self, layers: list[Layer], gradients: list[Tensor], group: Group) -> float:
-        """κ for this step, from what its gradients say to the last one.
-
-        Returns:
-            The cosine; 0 before there is a last step.
-        """
-        known = [
-            (layer, g)
-            for layer, g in zip(layers, gradients, strict=True)
-            if "last_update" in layer.state
-        ]
+    def _cosines(self, states: list[Group], new: list[Tensor], group: Group) -> Tensor:
+        """Both c, before the new gradients enter the metrics; 0 at the first step."""
+        known = [i for i, state in enumerate(states) if "exp_avg" in state]
         if not known:
-            return 0.0
-        some = [layer for layer, _ in known]
-        now = [g for _, g in known]
-        last = [layer.state["last_update"] for layer in some]
-        slope = product(now, last)
-        length = torch.stack([layer.state["last_squared"] for layer in some]).sum().sqrt()
-        lengths = length * product(now, self.naturals(some, now)).sqrt()
-        cosine = 0.0 if lengths == 0.0 else float(slope / lengths)
-        if math.isfinite(cosine):
-            rate = RATE / (1.0 + group["step"] / SETTLE)
-            change = rate * (max(-1.0, min(1.0, cosine)) - AIM)
-            low, high = RADIUS_RANGE
-            group["kl_clip"] = min(max(group["kl_clip"] * math.exp(change), low), high)
-        return cosine
+            return new[0].new_zeros(2)
+        states = [states[i] for i in known]
+        g, m = _in_a_row([new[i] for i in known]), _in_a_row(_averages(states, group))
+        return torch.stack([_cosine(g, m, d) for d in self._metrics(states, group)])
 
     @staticmethod
-    def _averages(layers: list[Layer], gradients: list[Tensor], beta: float) -> list[Tensor]:
-        """Adam's first moments, corrected for their start at zero."""
-        averages = []
-        for layer, g in zip(layers, gradients, strict=True):
-            state = layer.state
-            if "exp_avg" not in state:
-                state["exp_avg"], state["adam_step"] = torch.zeros_like(g), 0
-            state["adam_step"] += 1
-            state["exp_avg"].lerp_(g, 1.0 - beta)
-            averages.append(state["exp_avg"] / (1.0 - beta ** state["adam_step"]))
-        return averages
+    def _absorb(states: list[Group], new: list[Tensor], group: Group) -> None:
+        """Adam's moments, and the mean square of what the first one did not foresee."""
+        beta2 = group["alpha"]
+        for state, g in zip(states, new, strict=True):
+            if "variance" not in state:
+                state["variance"] = torch.zeros_like(g)
+        old = [i for i, state in enumerate(states) if "exp_avg" in state]
+        if old:
+            before = [states[i] for i in old]
+            surprises = torch._foreach_sub([new[i] for i in old], _averages(before, group))
+            variances = [state["variance"] for state in before]
+            torch._foreach_mul_(variances, beta2)
+            torch._foreach_addcmul_(variances, surprises, surprises, value=1.0 - beta2)
+        absorb(states, new, group["momentum"], beta2)
+
+    @staticmethod
+    def _metrics(states: list[Group], group: Group) -> Metrics:
+        kronecker = [s["damped_B"].unsqueeze(-1) * s["damped_A"].unsqueeze(-2) for s in states]
+        # The first gradient surprises nobody, so that one number less has been averaged.
+        counts = [max(state["adam_step"] - 1, 1) for state in states]
+        shares = [
+            VARIANCE_SHARE * state.get("fisher_scale", 1.0) / (1.0 - group["alpha"] ** n)
+            for state, n in zip(states, counts, strict=True)
+        ]
+        fisher = torch._foreach_mul([state["variance"] for state in states], shares)
+        curvature = torch._foreach_maximum(kronecker, list(fisher))
+        return Metrics(_in_a_row(curvature), _in_a_row(deviations(states, group["alpha"])))
+
+    @staticmethod
+    def _within_radii(
+        cosine: float,
+        adam_cosine: float,
+        squared: float,
+        adam_squared: float,
+        adam_natural: float,
+        group: Group,
+        report: Report,
+    ) -> tuple[float, float]:
+        """ν/lr and μ/lr.
+
+        Args:
+            cosine: c of the natural step.
+            adam_cosine: c of Adam's.
+            squared: ⟨d, C d⟩ of the natural direction d.
+            adam_squared: ⟨d, √v d⟩ of Adam's direction d.
+            adam_natural: ⟨d, C d⟩ of Adam's direction d.
+            group: the radii, which change.
+            report: takes figures.
+
+        Returns:
+            Both.
+        """
+        lr = max(group["lr"], TINY)
+        _follow(group, "kl_clip", cosine, RADIUS_RANGE)
+        nu = min(1.0, math.sqrt(group["kl_clip"] / max(squared, TINY)) / lr)
+        length = (lr * nu) ** 2 * squared
+        group["travelled"] = group.get("travelled", 0.0) + length
+        if "adam_clip" in group:
+            _follow(group, "adam_clip", adam_cosine, (TINY, math.inf))
+        elif 0.0 < adam_natural < math.inf:
+            group["adam_clip"] = min(length, RADIUS_RANGE[1]) * adam_squared / adam_natural
+        mu = math.sqrt(group.get("adam_clip", 0.0) / max(adam_squared, TINY)) / max(lr, 1.0)
+        report |= {"kl_clip": group["kl_clip"], "cosine": cosine, "clip_factor": nu}
+        report |= {"adam_cosine": adam_cosine, "adam_factor": mu}
+        if "adam_clip" in group:
+            report["adam_clip"] = group["adam_clip"]
+        return nu, mu
+
+
+def _follow(group: Group, radius: str, cosine: float, bounds: tuple[float, float]) -> None:
+    """Change a radius by what the new gradients say to the last step."""
+    if cosine == 0.0 or not math.isfinite(cosine):
+        return  # no last step, or no word about it
+    settled = 1.0 + group["step"] / SETTLE
+    change = RATE / settled * (max(-1.0, min(1.0, cosine)) - AIM / settled)
+    low, high = bounds
+    group[radius] = min(max(group[radius] * math.exp(change), low), high)
+
+
+def _averages(states: list[Group], group: Group) -> list[Tensor]:
+    """Each layer's m, corrected for its start at zero."""
+    first = [state["exp_avg"] for state in states]
+    return list(torch._foreach_div(first, corrections(states, group["momentum"])))
+
+
+def _cosine(g: Tensor, m: Tensor, metric: Tensor) -> Tensor:
+    """Of two directions in the metric's dual; 0 where one of them is 0."""
+    dual = g / metric
+    lengths = torch.dot(dual, g).sqrt() * torch.dot(m / metric, m).sqrt()
+    return torch.dot(dual, m) / lengths.clamp_min(TINY)
+
+
+def _in_a_row(matrices: Sequence[Tensor]) -> Tensor:
+    return torch.cat([matrix.reshape(-1) for matrix in matrices])
+
+
+def _apart(row: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = row.split([matrix.numel() for matrix in like])
+    return [part.view_as(matrix) for part, matrix in zip(parts, like, strict=True)]
 
 
 def is_due(group: Group) -> bool:

@@ -60,7 +60,7 @@ TASK = Task(
     batch_size=128,
     epochs=10,
     tolerance=1e-6,
-    target_loss=1.3,
+    target_loss=1.5,
     window=10,
     settings={
         "snopt-paper": {"lr": 0.01, "momentum": 0.9},
