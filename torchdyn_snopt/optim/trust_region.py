@@ -85,6 +85,24 @@ class Metrics(NamedTuple):
     adam: Tensor
 
 
+class Figures(NamedTuple):
+    """What the lengths of both steps follow from.
+
+    Attributes:
+        cosine: c of the natural step.
+        adam_cosine: c of Adam's.
+        squared: ⟨d, C d⟩ of the natural direction d.
+        adam_squared: ⟨d, √v d⟩ of Adam's direction d.
+        adam_natural: ⟨d, C d⟩ of Adam's direction d.
+    """
+
+    cosine: float
+    adam_cosine: float
+    squared: float
+    adam_squared: float
+    adam_natural: float
+
+
 class TrustRegion(Preconditioner):
     """See the module. κ is the group's kl_clip, which changes from step to step."""
 
@@ -110,7 +128,7 @@ class TrustRegion(Preconditioner):
         """
         state = layer.state
         shares = damping_shares(state["A"], state["B"], group)
-        parts = {}
+        parts: Parts = {}
         for factor, share in zip("AB", shares, strict=True):
             values, vectors = symmetric_eigen(state[factor])
             parts |= {f"U_{factor}": vectors, f"damped_{factor}": values + share.squeeze(-1)}
@@ -154,8 +172,8 @@ class TrustRegion(Preconditioner):
             [torch.dot(natural, m), torch.dot(adam, m), torch.dot(adam * metrics.natural, adam)]
         )
         # One wait for the device.
-        figures = torch.cat([cosines, lengths]).tolist()
-        nu, mu = self._within_radii(*figures, group, report)
+        figures = Figures(*torch.cat([cosines, lengths]).tolist())
+        nu, mu = self._within_radii(figures, group, report)
         step = natural.mul_(nu).add_(adam, alpha=mu)
         return rotated_back(states, _apart(step, new))
 
@@ -198,29 +216,9 @@ class TrustRegion(Preconditioner):
         return Metrics(_in_a_row(curvature), _in_a_row(deviations(states, group["alpha"])))
 
     @staticmethod
-    def _within_radii(
-        cosine: float,
-        adam_cosine: float,
-        squared: float,
-        adam_squared: float,
-        adam_natural: float,
-        group: Group,
-        report: Report,
-    ) -> tuple[float, float]:
-        """ν/lr and μ/lr.
-
-        Args:
-            cosine: c of the natural step.
-            adam_cosine: c of Adam's.
-            squared: ⟨d, C d⟩ of the natural direction d.
-            adam_squared: ⟨d, √v d⟩ of Adam's direction d.
-            adam_natural: ⟨d, C d⟩ of Adam's direction d.
-            group: the radii, which change.
-            report: takes figures.
-
-        Returns:
-            Both.
-        """
+    def _within_radii(figures: Figures, group: Group, report: Report) -> tuple[float, float]:
+        """ν/lr and μ/lr; the group's radii change."""
+        cosine, adam_cosine, squared, adam_squared, adam_natural = figures
         lr = max(group["lr"], TINY)
         _follow(group, "kl_clip", cosine, RADIUS_RANGE)
         nu = min(1.0, math.sqrt(group["kl_clip"] / max(squared, TINY)) / lr)
