@@ -227,7 +227,8 @@ class TrustRegion(Preconditioner):
         if "adam_clip" in group:
             _follow(group, "adam_clip", adam_cosine, (TINY, math.inf))
         elif 0.0 < adam_natural < math.inf:
-            group["adam_clip"] = min(length, RADIUS_RANGE[1]) * adam_squared / adam_natural
+            start = min(length, RADIUS_RANGE[1]) / min(lr, 1.0) ** 2
+            group["adam_clip"] = start * adam_squared / adam_natural
         mu = math.sqrt(group.get("adam_clip", 0.0) / max(adam_squared, TINY)) / max(lr, 1.0)
         report |= {"kl_clip": group["kl_clip"], "cosine": cosine, "clip_factor": nu}
         report |= {"adam_cosine": adam_cosine, "adam_factor": mu}
