@@ -31,10 +31,21 @@ from torchdyn_snopt.optim.trust_region import (
 if TYPE_CHECKING:
     from torchdyn_snopt.optim.layers import Layer
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "unbounded_adam")
+
+
+FLOOR, ADAM_RANGE = trust_region.FLOOR, trust_region.ADAM_RANGE
+
+
+@pytest.fixture
+def unbounded_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam's part without floor and without a largest learning rate, which have tests apart."""
+    monkeypatch.setattr(trust_region, "FLOOR", 0.0)
+    monkeypatch.setattr(trust_region, "ADAM_RANGE", (1e-30, math.inf))
+
 
 FREE = 1e30  # a radius that binds no step
-RADII = ("kl_clip", "adam_clip")
+RADII = ("kl_clip", "adam_lr")
 
 
 def group_of(**settings: Any) -> dict[str, Any]:
@@ -185,7 +196,7 @@ def test_an_infinite_radius_is_the_dense_natural_gradient(
             np.testing.assert_allclose(row(update), expected, rtol=1e-5)
         assert report == {}
     assert (group["kl_clip"], group["travelled"]) == (None, 0.0)
-    assert "adam_clip" not in group
+    assert "adam_lr" not in group
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
@@ -260,7 +271,7 @@ def test_a_step_is_both_directions_each_within_its_radius(lr: float, kappa: floa
         updates, report = updates_for(layers, gradients, group)
         length = d.natural @ (d.c * d.natural)
         nu = min(lr, math.sqrt(group["kl_clip"] / length))
-        mu = math.sqrt(group["adam_clip"] / (d.adam @ (d.deviation * d.adam))) * min(lr, 1.0)
+        mu = group["adam_lr"] * min(lr, 1.0)
         assert lr * report["clip_factor"] == pytest.approx(nu, rel=1e-6)
         assert lr * report["adam_factor"] == pytest.approx(mu, rel=1e-6)
         moved = lr * joined(updates)
@@ -280,13 +291,12 @@ def test_at_first_both_are_equally_long_in_the_metric_of_the_curvature(lr: float
     nu, mu = lr * report["clip_factor"], lr * report["adam_factor"]
     assert nu**2 * (d.natural @ (d.c * d.natural)) == pytest.approx(1e-3, rel=1e-6)
     assert mu**2 * (d.adam @ (d.c * d.adam)) == pytest.approx(1e-3, rel=1e-6)
-    reached = min(lr, 1.0) ** 2 * group["adam_clip"]
-    assert mu**2 * (d.adam @ (d.deviation * d.adam)) == pytest.approx(reached, rel=1e-6)
+    assert mu == pytest.approx(min(lr, 1.0) * group["adam_lr"], rel=1e-6)
     assert group["kl_clip"] == 1e-3
 
 
 def test_a_natural_step_is_never_longer_than_the_learning_rate() -> None:
-    group = group_of(lr=0.3, kl_clip=FREE, adam_clip=0.0)
+    group = group_of(lr=0.3, kl_clip=FREE, adam_lr=0.0)
     layers = awkward_layers(group)
     gradients = random_gradients(layers)
     d = next_step([Dense(layer, group) for layer in layers], gradients)
@@ -320,7 +330,7 @@ def test_adams_part_is_torchs_adam_in_the_eigenbasis() -> None:
 def adams_move(lr: float) -> np.ndarray:
     """A first step with next to nothing of the natural gradient."""
     torch.manual_seed(3)
-    group = group_of(lr=lr, kl_clip=1e-40, adam_clip=1e-2)
+    group = group_of(lr=lr, kl_clip=1e-40, adam_lr=1e-2)
     layers = awkward_layers(group)
     updates, _ = updates_for(layers, random_gradients(layers), group)
     return lr * joined(updates)
@@ -392,8 +402,8 @@ def test_a_layer_that_joins_later_does_not_disturb_the_others() -> None:
         np.testing.assert_allclose(joined(updates), d.back(both), rtol=1e-5)
         if step < 4:  # what it would have been without the other layer, joining included
             _, other = updates_for(alone, gradients[:1], alone_group)
-            assert (group["kl_clip"], group["adam_clip"]) == pytest.approx(
-                (alone_group["kl_clip"], alone_group["adam_clip"]), rel=1e-12
+            assert (group["kl_clip"], group["adam_lr"]) == pytest.approx(
+                (alone_group["kl_clip"], alone_group["adam_lr"]), rel=1e-12
             )
             assert report["cosine"] == pytest.approx(other["cosine"], rel=1e-12)
 
@@ -425,20 +435,25 @@ def followed(radius: float, cosine: float, step: int) -> float:
     return radius * math.exp(RATE / settled * (cosine - AIM / settled))
 
 
+def followed_lr(adam_lr: float, cosine: float, step: int) -> float:
+    """Adam's learning rate, whose square does as the radius."""
+    return math.sqrt(followed(adam_lr**2, cosine, step))
+
+
 def test_the_radii_follow_the_cosines_at_a_falling_rate_and_aim() -> None:
     group = group_of(kl_clip=1e-4)
     layers = awkward_layers(group)
     updates_for(layers, random_gradients(layers), group)
     assert group["kl_clip"] == 1e-4
     for step in (1, 2, 30, 300, 3000):
-        group |= {"step": step, "kl_clip": 1e-4, "adam_clip": 3e-4}
+        group |= {"step": step, "kl_clip": 1e-4, "adam_lr": 3e-4}
         _, report = updates_for(layers, random_gradients(layers), group)
         assert report["cosine"] != pytest.approx(report["adam_cosine"], rel=1e-3)
         expected = (
             followed(1e-4, report["cosine"], step),
-            followed(3e-4, report["adam_cosine"], step),
+            followed_lr(3e-4, report["adam_cosine"], step),
         )
-        assert (group["kl_clip"], group["adam_clip"]) == pytest.approx(expected, rel=1e-12)
+        assert (group["kl_clip"], group["adam_lr"]) == pytest.approx(expected, rel=1e-12)
         assert [report[radius] for radius in RADII] == [group[radius] for radius in RADII]
 
 
@@ -449,17 +464,17 @@ def test_the_radii_stay_in_their_ranges(sign: float) -> None:
     layer = refreshed(layer_with(spd(4, 1e-1, 1e1), spd(3, 1e-1, 1e1)), group)
     (g,) = random_gradients([layer])
     updates_for([layer], [g], group)
-    adam = group["adam_clip"]
+    adam = group["adam_lr"]
     for step in range(1, 31):
         group["step"] = 1  # at full rate
         _, report = updates_for([layer], [g * sign**step], group)
         assert RADIUS_RANGE[0] <= group["kl_clip"] <= RADIUS_RANGE[1]
-        adam = followed(adam, sign, 1)
-        assert group["adam_clip"] == pytest.approx(adam, rel=1e-6)
+        adam = followed_lr(adam, sign, 1)
+        assert group["adam_lr"] == pytest.approx(adam, rel=1e-6)
     assert [report["cosine"], report["adam_cosine"]] == pytest.approx([sign, sign], rel=1e-6)
     assert group["kl_clip"] == RADIUS_RANGE[1 if sign > 0.0 else 0]
     # Of Adam's, nobody knows the unit.
-    assert group["adam_clip"] > 1e10 if sign > 0.0 else group["adam_clip"] < RADIUS_RANGE[0]
+    assert group["adam_lr"] > 1e5 if sign > 0.0 else group["adam_lr"] < RADIUS_RANGE[0]
 
 
 def test_gradients_of_zero_or_not_a_number_leave_the_radii_alone() -> None:
@@ -536,7 +551,7 @@ class Quadratic:
 
 
 def test_a_natural_step_beyond_the_minimum_shrinks_its_radius() -> None:
-    problem = Quadratic(lr=1.8, kl_clip=FREE, adam_clip=0.0)
+    problem = Quadratic(lr=1.8, kl_clip=FREE, adam_lr=0.0)
     before = problem.loss()
     problem.step()
     assert problem.loss() == pytest.approx(0.64 * before, rel=1e-3)  # (1 − 1.8)²
@@ -547,25 +562,25 @@ def test_a_natural_step_beyond_the_minimum_shrinks_its_radius() -> None:
 
 
 def test_an_adam_step_beyond_the_minimum_shrinks_its_radius() -> None:
-    problem = Quadratic(kl_clip=1e-40, adam_clip=1e8)
+    problem = Quadratic(kl_clip=1e-40, adam_lr=1e8)
     before = problem.loss()
     problem.step()
     assert problem.loss() > before
     report = problem.step()
     assert report["adam_cosine"] < -0.1
-    expected = followed(1e8, report["adam_cosine"], 1)
-    assert report["adam_clip"] == pytest.approx(expected, rel=1e-9)
-    assert report["adam_clip"] < 0.7e8
+    expected = followed_lr(1e8, report["adam_cosine"], 1)
+    assert report["adam_lr"] == pytest.approx(expected, rel=1e-9)
+    assert report["adam_lr"] < 0.9e8
 
 
 def test_steps_that_are_too_short_let_both_radii_grow() -> None:
     problem = Quadratic(kl_clip=1e-9)
     problem.step()
-    adam = problem.group["adam_clip"]
+    adam = problem.group["adam_lr"]
     report = problem.step()
     assert [report["cosine"], report["adam_cosine"]] == pytest.approx([1.0, 1.0], abs=1e-3)
     assert report["kl_clip"] == pytest.approx(followed(1e-9, 1.0, 1), rel=1e-2)
-    assert report["adam_clip"] == pytest.approx(followed(adam, 1.0, 1), rel=1e-2)
+    assert report["adam_lr"] == pytest.approx(followed_lr(adam, 1.0, 1), rel=1e-2)
 
 
 def test_the_minimum_of_a_quadratic_is_found_from_any_radius() -> None:
@@ -815,9 +830,9 @@ def test_gradients_of_zero_at_first_leave_adams_radius_open() -> None:
     layers = awkward_layers(group)
     gradients = random_gradients(layers)
     updates_for(layers, [torch.zeros_like(g) for g in gradients], group)
-    assert "adam_clip" not in group
+    assert "adam_lr" not in group
     updates_for(layers, gradients, group)
-    assert group["adam_clip"] > 0.0
+    assert group["adam_lr"] > 0.0
 
 
 def test_a_radius_that_binds_no_step_lengthens_adams_no_further() -> None:
@@ -829,5 +844,40 @@ def test_a_radius_that_binds_no_step_lengthens_adams_no_further() -> None:
         layers = awkward_layers(group)
         updates_for(layers, random_gradients(layers), group)
         assert group["travelled"] >= RADIUS_RANGE[1] * (1.0 - 1e-9)
-        starts.append(group["adam_clip"])
+        starts.append(group["adam_lr"])
     assert starts[1:] == pytest.approx(2 * [starts[0]], rel=1e-9)
+
+
+def test_adams_learning_rate_has_an_upper_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loss falls along every step, as that of separable classes does."""
+    monkeypatch.setattr(trust_region, "ADAM_RANGE", ADAM_RANGE)
+    group = group_of(kl_clip=1e-3)
+    layers = awkward_layers(group)
+    gradients = random_gradients(layers)
+    for _ in range(60):
+        updates_for(layers, gradients, group)
+    assert group["adam_lr"] == ADAM_RANGE[1]
+
+
+def test_steps_end_as_gradients_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ε is a share of the largest root mean square of a layer's gradients so far."""
+    monkeypatch.setattr(trust_region, "FLOOR", FLOOR)
+    group = group_of(kl_clip=1e-3, alpha=0.5)
+    layers = awkward_layers(group)
+    gradients = random_gradients(layers)
+    updates_for(layers, gradients, group)
+    largest = max(float(g.square().mean().sqrt()) for g in gradients)
+    floor = FLOOR * largest
+    assert group["adam_floor"] == pytest.approx(floor, rel=1e-9)
+    lengths = []
+    for _ in range(60):
+        gradients = [g * 0.5 for g in gradients]
+        updates_for(layers, gradients, group)
+        group |= {"adam_lr": 1e-2, "kl_clip": 1e-3}
+        m = [layer.state["exp_avg"] for layer in layers]
+        lengths.append(max(float(a.abs().max()) for a in m))
+    assert group["adam_floor"] == pytest.approx(floor, rel=1e-9)
+    states = [layer.state for layer in layers]
+    adam = TrustRegion._metrics(states, group).adam
+    assert float(adam.min()) >= floor
+    assert lengths[-1] / floor < 1e-6

@@ -13,21 +13,22 @@ basis (George et al. 2018), with all that positions and times have in common.
 ν is at most lr (a learning rate of 1 is Newton's step), and so small that the model moves by no
 more than κ in the metric of C: ν² ⟨d, C d⟩ ≤ κ for d = m/C. For likelihoods, but for the damping,
 κ is twice the KL divergence between the predictions before and after a step, in nats; no unit of a
-weight enters. μ has a radius of its own in the metric of √v. At first, both steps are equally long
-in the metric of C.
+weight enters. μ, the learning rate of Adam's part, is chosen so that at first both steps are
+equally long in the metric of C.
 
-Nobody has to know the radii. The next gradient g, which is there anyway, tells whether the last
+Nobody has to know κ and μ. The next gradient g, which is there anyway, tells whether the last
 step was too long: its cosine with the last average in a step's metric,
 
     c = ⟨g, m/C⟩ / (‖g‖_{1/C} ‖m‖_{1/C}),
 
 is positive as long as the loss still falls along the step, and negative where that has passed the
-minimum. κ ← κ exp(η (c − c₀)) makes κ grow while steps are too short, and shrink once they only
-follow the noise of the batches; of two directions, the one that serves better becomes longer. That
+minimum. κ ← κ exp(η (c − c₀)) makes κ, and in the same way μ², grow while steps are too short, and
+shrink once they only follow the noise of the batches; of two directions, the one that serves better
+becomes longer. That
 takes no evaluation of the loss, unlike the rule of Levenberg and Marquardt (Martens & Grosse 2015,
 6.5); the idea of learning a step's length from the product of successive gradients is Almeida et
 al.'s (1999) and Baydin et al.'s (2018). The rate η falls as the gains of Robbins and Monro do, and
-c₀ with it, so that the radii come to rest.
+c₀ with it, so that both come to rest.
 
 The curvature is refreshed when it has become old by that same measure: in each of the first `EARLY`
 steps, then once the natural steps since the last refresh add up to `STALE`, at the latest after
@@ -63,8 +64,10 @@ Group = dict[str, Any]
 
 # κ ← κ exp(η (c − c₀)), with RATE for η and AIM for c₀, both divided by 1 + step/SETTLE.
 RATE, AIM, SETTLE = 2.0, 0.1, 30.0
-# Of κ; the radius of Adam's direction has a unit, and no upper bound.
-RADIUS_RANGE = (1e-10, 0.1)
+# Of κ, and of μ. A loss that can be driven to zero falls along every step, and both would grow on.
+RADIUS_RANGE, ADAM_RANGE = (1e-10, 0.1), (1e-30, 0.1)
+# Gradients below this share of their largest ones no longer make steps of full length.
+FLOOR = 1e-4
 # The share of N times the gradients' variance that C has at least.
 VARIANCE_SHARE = 0.25
 # The curvature is refreshed in each of the first steps, and then when the squared lengths of the
@@ -78,7 +81,7 @@ class Metrics(NamedTuple):
 
     Attributes:
         natural: C.
-        adam: √v.
+        adam: √v + ε.
     """
 
     natural: Tensor
@@ -92,14 +95,12 @@ class Figures(NamedTuple):
         cosine: c of the natural step.
         adam_cosine: c of Adam's.
         squared: ⟨d, C d⟩ of the natural direction d.
-        adam_squared: ⟨d, √v d⟩ of Adam's direction d.
         adam_natural: ⟨d, C d⟩ of Adam's direction d.
     """
 
     cosine: float
     adam_cosine: float
     squared: float
-    adam_squared: float
     adam_natural: float
 
 
@@ -154,7 +155,7 @@ class TrustRegion(Preconditioner):
             gradients: one matrix each.
             group: momentum is β₁ of m, alpha β₂ of v and of the variance; kl_clip is κ, and
                 changes. None leaves the natural gradient alone, as long as it is.
-            report: takes the radii, the cosines, ν/lr and μ.
+            report: takes κ, both cosines, ν/lr and μ/lr.
 
         Returns:
             Updates.
@@ -163,14 +164,13 @@ class TrustRegion(Preconditioner):
         new = rotated(states, gradients)
         cosines = self._cosines(states, new, group)
         self._absorb(states, new, group)
+        self._raise_floor(states, group)
         metrics = self._metrics(states, group)
         m = _in_a_row(_averages(states, group))
         natural, adam = (m / metric for metric in metrics)
         if group["kl_clip"] is None:
             return rotated_back(states, _apart(natural, new))
-        lengths = torch.stack(
-            [torch.dot(natural, m), torch.dot(adam, m), torch.dot(adam * metrics.natural, adam)]
-        )
+        lengths = torch.stack([torch.dot(natural, m), torch.dot(adam * metrics.natural, adam)])
         # One wait for the device.
         figures = Figures(*torch.cat([cosines, lengths]).tolist())
         nu, mu = self._within_radii(figures, group, report)
@@ -213,38 +213,49 @@ class TrustRegion(Preconditioner):
         ]
         fisher = torch._foreach_mul([state["variance"] for state in states], shares)
         curvature = torch._foreach_maximum(kronecker, list(fisher))
-        return Metrics(_in_a_row(curvature), _in_a_row(deviations(states, group["alpha"])))
+        scale = _in_a_row(deviations(states, group["alpha"]))
+        return Metrics(_in_a_row(curvature), scale.add_(group.get("adam_floor", 0.0)))
+
+    @staticmethod
+    def _raise_floor(states: list[Group], group: Group) -> None:
+        """Adam's ε: a share of a layer's largest √v so far; steps end as gradients do."""
+        roots = [state["exp_avg_sq"].mean().sqrt() for state in states]
+        factors = [c**0.5 for c in corrections(states, group["alpha"])]
+        largest = float(torch.stack(torch._foreach_div(roots, factors)).max())
+        if math.isfinite(largest):
+            group["adam_floor"] = max(group.get("adam_floor", 0.0), FLOOR * largest)
 
     @staticmethod
     def _within_radii(figures: Figures, group: Group, report: Report) -> tuple[float, float]:
-        """ν/lr and μ/lr; the group's radii change."""
-        cosine, adam_cosine, squared, adam_squared, adam_natural = figures
+        """ν/lr and μ/lr; κ and the learning rate of Adam's part change."""
+        cosine, adam_cosine, squared, adam_natural = figures
         lr = max(group["lr"], TINY)
         _follow(group, "kl_clip", cosine, RADIUS_RANGE)
         nu = min(1.0, math.sqrt(group["kl_clip"] / max(squared, TINY)) / lr)
         length = (lr * nu) ** 2 * squared
         group["travelled"] = group.get("travelled", 0.0) + length
-        if "adam_clip" in group:
-            _follow(group, "adam_clip", adam_cosine, (TINY, math.inf))
+        if "adam_lr" in group:
+            _follow(group, "adam_lr", adam_cosine, ADAM_RANGE, 0.5)
         elif 0.0 < adam_natural < math.inf:
             start = min(length, RADIUS_RANGE[1]) / min(lr, 1.0) ** 2
-            group["adam_clip"] = start * adam_squared / adam_natural
-        mu = math.sqrt(group.get("adam_clip", 0.0) / max(adam_squared, TINY)) / max(lr, 1.0)
+            group["adam_lr"] = min(math.sqrt(start / adam_natural), ADAM_RANGE[1])
+        mu = group.get("adam_lr", 0.0) / max(lr, 1.0)
         report |= {"kl_clip": group["kl_clip"], "cosine": cosine, "clip_factor": nu}
+        report |= {"adam_lr": group.get("adam_lr", 0.0)}
         report |= {"adam_cosine": adam_cosine, "adam_factor": mu}
-        if "adam_clip" in group:
-            report["adam_clip"] = group["adam_clip"]
         return nu, mu
 
 
-def _follow(group: Group, radius: str, cosine: float, bounds: tuple[float, float]) -> None:
-    """Change a radius by what the new gradients say to the last step."""
+def _follow(
+    group: Group, name: str, cosine: float, bounds: tuple[float, float], power: float = 1.0
+) -> None:
+    """Change a radius, or its root, by what the new gradients say to the last step."""
     if cosine == 0.0 or not math.isfinite(cosine):
         return  # no last step, or no word about it
     settled = 1.0 + group["step"] / SETTLE
     change = RATE / settled * (max(-1.0, min(1.0, cosine)) - AIM / settled)
     low, high = bounds
-    group[radius] = min(max(group[radius] * math.exp(change), low), high)
+    group[name] = min(max(group[name] * math.exp(power * change), low), high)
 
 
 def _averages(states: list[Group], group: Group) -> list[Tensor]:
