@@ -12,6 +12,7 @@ from torchdyn.core import NeuralODE
 
 import torchdyn_snopt
 from tests.curvature.dense import input_patches, moments, output_gradients
+from tests.curvature.test_layers import LAYERS
 from torchdyn_snopt import SNOpt
 from torchdyn_snopt.curvature import layers
 from torchdyn_snopt.curvature.factors import CurvatureSpec, LayerSums, Use
@@ -26,27 +27,18 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 N = 7
 
-# name: layer, shape of one sample's input
-CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "1d": (lambda: nn.Conv1d(2, 3, 3), (2, 8)),
-    "1d, all at once": (
-        lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (4, 9)
-    ),
-    "2d": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 4)),
-    "2d, no bias": (lambda: nn.Conv2d(2, 3, 3, bias=False), (2, 5, 4)),
-    "2d, 1x1": (lambda: nn.Conv2d(6, 2, 1), (6, 2, 2)),
-    "2d, stride": (lambda: nn.Conv2d(2, 3, 3, stride=(2, 1)), (2, 7, 5)),
-    "2d, padding": (lambda: nn.Conv2d(2, 3, (3, 2), padding=(1, 2)), (2, 3, 2)),
-    "2d, same": (lambda: nn.Conv2d(2, 3, (4, 3), padding="same"), (2, 3, 4)),
-    "2d, same, dilated": (
-        lambda: nn.Conv2d(2, 3, (2, 3), padding="same", dilation=(3, 1)), (2, 3, 2)
-    ),
-    "2d, valid": (lambda: nn.Conv2d(2, 3, 2, padding="valid"), (2, 3, 3)),
-    "2d, reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 3, 2)),
-    "2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 3, 3)),
-    "2d, depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3, bias=False), (3, 4, 4)),
-    "3d": (lambda: nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=1), (2, 2, 2, 2)),
+# name: shape of one sample's input
+SHAPES = {
+    "1d": (2, 8), "1d, all at once": (4, 9), "2d": (2, 5, 4), "2d, no bias": (2, 5, 4),
+    "2d, stride": (2, 7, 5), "2d, padding": (2, 3, 2), "2d, same": (2, 3, 4),
+    "2d, same, dilated": (2, 3, 2), "2d, valid": (2, 3, 3), "2d, reflect": (2, 3, 2),
+    "2d, groups": (4, 3, 3), "2d, depthwise": (3, 4, 4), "3d": (2, 2, 2, 2),
 }  # fmt: skip
+# name: layer, shape
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "2d, 1x1": (lambda: nn.Conv2d(6, 2, 1), (6, 2, 2)),
+    **{name: (LAYERS[f"conv{name}"][0], shape) for name, shape in SHAPES.items()},
+}
 # Less than N samples of these have two patches for each dimension of A.
 FEW = ["1d", "2d", "2d, no bias", "2d, stride", "2d, same", "2d, groups", "1d, all at once"]
 

@@ -374,13 +374,12 @@ class EKFAC(Preconditioner):
             Updates.
         """
         alpha, epsilon = group["alpha"], group["damping"] + group["weight_decay"]
+        states = [layer.state for layer in layers]
         natural = []
-        for layer, g in zip(layers, gradients, strict=True):
-            state = layer.state
-            u_a, u_b = state["U_A"], state["U_B"]
-            rotated = u_b.mT @ g @ u_a
-            state["S"].mul_(alpha).addcmul_(rotated, rotated, value=1.0 - alpha)
-            natural.append(u_b @ (rotated / (state["S"] + epsilon)) @ u_a.mT)
+        for state, g in zip(states, rotated(states, gradients), strict=True):
+            state["S"].mul_(alpha).addcmul_(g, g, value=1.0 - alpha)
+            natural.append(g / (state["S"] + epsilon))
+        natural = rotated_back(states, natural)
         return _clip_and_gather(layers, gradients, natural, group, report)
 
 

@@ -24,11 +24,10 @@ step was too long: its cosine with the last average in a step's metric,
 is positive as long as the loss still falls along the step, and negative where that has passed the
 minimum. κ ← κ exp(η (c − c₀)) makes κ, and in the same way μ², grow while steps are too short, and
 shrink once they only follow the noise of the batches; of two directions, the one that serves better
-becomes longer. That
-takes no evaluation of the loss, unlike the rule of Levenberg and Marquardt (Martens & Grosse 2015,
-6.5); the idea of learning a step's length from the product of successive gradients is Almeida et
-al.'s (1999) and Baydin et al.'s (2018). The rate η falls as the gains of Robbins and Monro do, and
-c₀ with it, so that both come to rest.
+becomes longer. That takes no evaluation of the loss, unlike the rule of Levenberg and Marquardt
+(Martens & Grosse 2015, 6.5); the idea of learning a step's length from the product of successive
+gradients is Almeida et al.'s (1999) and Baydin et al.'s (2018). The rate η falls as the gains of
+Robbins and Monro do, and c₀ with it, so that both come to rest.
 
 The curvature is refreshed when it has become old by that same measure: in each of the first `EARLY`
 steps, then once the natural steps since the last refresh add up to `STALE`, at the latest after
@@ -171,7 +170,6 @@ class TrustRegion(Preconditioner):
         if group["kl_clip"] is None:
             return rotated_back(states, _apart(natural, new))
         lengths = torch.stack([torch.dot(natural, m), torch.dot(adam * metrics.natural, adam)])
-        # One wait for the device.
         figures = Figures(*torch.cat([cosines, lengths]).tolist())
         nu, mu = self._within_radii(figures, group, report)
         step = natural.mul_(nu).add_(adam, alpha=mu)
@@ -218,7 +216,7 @@ class TrustRegion(Preconditioner):
 
     @staticmethod
     def _raise_floor(states: list[Group], group: Group) -> None:
-        """Adam's ε: a share of a layer's largest √v so far; steps end as gradients do."""
+        """Adam's ε: a share of the largest √v of all layers so far; steps end as gradients do."""
         roots = [state["exp_avg_sq"].mean().sqrt() for state in states]
         factors = [c**0.5 for c in corrections(states, group["alpha"])]
         largest = float(torch.stack(torch._foreach_div(roots, factors)).max())
@@ -241,8 +239,8 @@ class TrustRegion(Preconditioner):
             group["adam_lr"] = min(math.sqrt(start / adam_natural), ADAM_RANGE[1])
         mu = group.get("adam_lr", 0.0) / max(lr, 1.0)
         report |= {"kl_clip": group["kl_clip"], "cosine": cosine, "clip_factor": nu}
-        report |= {"adam_lr": group.get("adam_lr", 0.0)}
-        report |= {"adam_cosine": adam_cosine, "adam_factor": mu}
+        report |= {"adam_lr": group.get("adam_lr", 0.0), "adam_cosine": adam_cosine}
+        report["adam_factor"] = mu
         return nu, mu
 
 
