@@ -71,6 +71,7 @@ def collect(
     spec = CurvatureSpec(weight_sharing=sharing, reduction=reduction)
     sums = LayerSums(module, spec, bias=module.bias is not None)
     samples = sums.add(uses, batch, 1.0)
+    sums.accept()
     sums.close(samples, batch, 1.0)
     factors = sums.factors()
     assert factors is not None

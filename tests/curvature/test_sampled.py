@@ -70,6 +70,7 @@ def sums_of(
     sums = LayerSums(module, CurvatureSpec(**spec), bias=module.bias is not None)
     for number, uses in enumerate(evaluations, start=1):
         samples = sums.add(uses, batch, float(number))
+    sums.accept()
     sums.close(samples, batch, 1.0)
     return sums
 

@@ -135,8 +135,9 @@ def test_iterations_train_and_their_memory_is_measured():
     assert measure(request) >= 0
 
 
-def test_torchdiffeq_computes_the_same_step_as_torchdyn():
-    task = get_task("moons")
+@pytest.mark.parametrize("name", ["moons", "spiral"])
+def test_torchdiffeq_computes_the_same_step_as_torchdyn(name):
+    task = get_task(name)
     train = task.load(None).train.head(64)
     gradients = []
     for sensitivity in ("torchdiffeq", "snopt"):

@@ -89,7 +89,7 @@ class AdjointSystem(System):
     def _begin_step(self) -> None:
         self._step_sum = WeightedSum()
         self._step_error = WeightedSum()
-        self._step_uses: list[tuple[float, Uses]] = []
+        self.sums.reject()
 
     def evaluate(self, stage: int, t: float, y: Tensor, out: Tensor) -> None:
         """Write (F, −F_xᵀ a − ℓ_x) into ``out``; see `System.evaluate`.
@@ -111,7 +111,8 @@ class AdjointSystem(System):
             self._first = (gradients, uses)
         elif weighted:
             self._step_sum.add(gradients, self.b[stage])
-            self._step_uses.append((self.b[stage], uses))
+            if self.collects_stages:
+                self.sums.add(uses, self.b[stage])
         if self.full_norm and self.e is not None and stage > 0:
             self._step_error.add(gradients, self.e[stage])
         if carried:
@@ -175,9 +176,8 @@ class AdjointSystem(System):
             self.total.add(self._step_sum.total, -step.dt)
         if self.collects_stages:
             if self.b[0] != 0.0:
-                self.sums.add(self._first[1], self.b[0] * abs(step.dt))
-            for weight, uses in self._step_uses:
-                self.sums.add(uses, weight * abs(step.dt))
+                self.sums.add(self._first[1], self.b[0])
+            self.sums.accept(abs(step.dt))
         if self.collects_grid:
             self._collect_on_grid(step)
         if self.fsal:
@@ -206,7 +206,8 @@ class AdjointSystem(System):
             if f1 is None:
                 f1 = step.k[-1] if self.fsal else self._slope(end, step.y1)
             y = interpolate(step, f1, min(1.0, (t - step.t) / step.dt))
-            self.sums.add(self._vjp(t, y, None, False, True)[1], self.grid_dt)
+            self.sums.add(self._vjp(t, y, None, False, True)[1], 1.0)
+            self.sums.accept(self.grid_dt)
             self.problem.stats.backward.nfe += 1
 
     def _slope(self, t: float, y: Tensor) -> Tensor:

@@ -174,6 +174,7 @@ class Replay:
                 carried = 1.0 / (stage.b * dt) if stage.b != 0.0 else 0.0
                 self.sums.add(uses, stage.b * dt, carried)
             start = stop
+        self.sums.accept()
 
     def _pull_columns(
         self, stages: list[_Stage], x1: Tensor, x: Tensor

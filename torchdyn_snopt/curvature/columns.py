@@ -50,11 +50,13 @@ class ColumnSums:
         self.samples = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._entries = 0
+        # Uses and weights of a step: as they are, they are smaller than columns by sample.
+        self._step: list[tuple[Use, float, float | None]] = []
 
     def add(
         self, uses: Sequence[Use], batch: int, weight: float, gradient_weight: float | None = None
     ) -> int:
-        """Add one evaluation.
+        """Add one evaluation, for the time being.
 
         Args:
             uses: inputs and columns; a layer is left out where some are not apart by sample.
@@ -65,20 +67,33 @@ class ColumnSums:
         Returns:
             ``batch``.
         """
-        factor = weight if gradient_weight is None else 1.0
         # The rest belongs to the free parameters.
-        taken = self.is_free or all(apart(use, batch) for use in uses)
-        for use in uses if taken else ():
+        if self.is_free or all(apart(use, batch) for use in uses):
+            self._step += [(use, weight, gradient_weight) for use in uses]
+        self.samples = batch
+        return batch
+
+    def accept(self, scale: float = 1.0) -> None:
+        """Sum what was added since the last call.
+
+        Args:
+            scale: of its weights.
+        """
+        for use, weight, gradient_weight in self._step:
             columns = use.columns
             assert columns is not None
+            factor = weight * scale if gradient_weight is None else 1.0
             if factor != 1.0:
                 columns = columns * factor
             if isinstance(self.owner, nn.Linear) and use.z.dim() == 2:
                 self._wait(use.z, columns)
             else:
                 self._sum(self._parts(use, columns))
-        self.samples = batch
-        return batch
+        self._step.clear()
+
+    def reject(self) -> None:
+        """Forget what was added since the last `accept`."""
+        self._step.clear()
 
     def _sum(self, parts: list[Tensor]) -> None:
         if self.totals:

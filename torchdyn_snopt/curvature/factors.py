@@ -182,12 +182,13 @@ class LayerSums:
         self._a: dict[Strips | None, Moment | StripMoment] = {}
         self._b: Moment | None = None
         self._rows = self._row_samples = 0.0  # integrals over time, for the mean over positions
+        self._step_rows = self._step_samples = 0.0  # the same of a step not yet accepted
         self._samples = self._batch = self._sample_time = 0.0  # totals over finished passes
 
     def add(
         self, uses: Sequence[Use], batch: int, weight: float, gradient_weight: float | None = None
     ) -> int:
-        """Add one evaluation of the layer, used once or several times.
+        """Add one evaluation of the layer, used once or several times, for the time being.
 
         Several uses of a layer count as further positions of each sample.
 
@@ -203,8 +204,8 @@ class LayerSums:
         uses = [_in_wide_dtype(use) for use in uses]
         inputs = [self._inputs(use, batch) for use in uses]
         gradients = [rows for use in uses if (rows := self._gradients(use, batch)) is not None]
-        self._rows += weight * sum(rows.positions * rows.samples for rows in inputs)
-        self._row_samples += weight * inputs[0].samples
+        self._step_rows += weight * sum(rows.positions * rows.samples for rows in inputs)
+        self._step_samples += weight * inputs[0].samples
         if self.spec.weight_sharing == "reduce" and len(uses) > 1:
             positions = sum(rows.positions for rows in inputs)
             shares = [rows.positions / positions for rows in inputs]
@@ -219,6 +220,27 @@ class LayerSums:
             self._b = self._b or Moment(g)
             self._b.add(g, weight if gradient_weight is None else gradient_weight)
         return inputs[0].samples
+
+    def accept(self, scale: float = 1.0) -> None:
+        """Keep what was added since the last call.
+
+        Args:
+            scale: of its weights.
+        """
+        for moment in self._moments():
+            moment.accept(scale)
+        self._rows += scale * self._step_rows
+        self._row_samples += scale * self._step_samples
+        self._step_rows = self._step_samples = 0.0
+
+    def reject(self) -> None:
+        """Forget what was added since the last `accept`."""
+        for moment in self._moments():
+            moment.reject()
+        self._step_rows = self._step_samples = 0.0
+
+    def _moments(self) -> list[Moment | StripMoment]:
+        return [*self._a.values(), *([self._b] if self._b else [])]
 
     def _inputs(self, use: Use, batch: int) -> Rows:
         module, sharing = use.module or self.module, self.spec.weight_sharing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 _WHOLE_UP_TO = 256
 _BLOCK = 128
 # Small matrices of rows wait until together they make one product of about this many entries.
-_GATHER = 1 << 18
+_GATHER = 1 << 14
 
 
 class Moment:
     """A running weighted sum of rowsᵀ rows, with a 1 appended to each row for a layer with bias.
 
     Small rows are gathered and multiplied together; of wide ones only the blocks on and above the
-    diagonal are computed. `full` completes both.
+    diagonal are computed. `full` completes both. Rows count once they are accepted.
     """
 
     def __init__(self, rows: Tensor, *, one: bool = False) -> None:
@@ -31,85 +31,178 @@ class Moment:
             rows: ``[..., rows, d]``, for dimensions, dtype and device.
             one: append a 1 to each row.
         """
-        self.width, self.one = rows.shape[-1], one
-        size = self.width + one
-        self._sum = rows.new_zeros((*rows.shape[:-2], size, size))
-        d = self.width
-        self._starts = [0] if d <= _WHOLE_UP_TO else list(range(0, d, _BLOCK))
-        self._waiting: list[Tensor] = []
-        self._weights: list[float] = []
+        batch, width = rows.shape[:-2], rows.shape[-1]
+        form = Form((*batch, width + one, width + one), width, rows.new_empty(0))
+        self._total, self._step = Products(form), Products(form)
 
     def add(self, rows: Tensor, weight: float) -> None:
-        """Add weight · rowsᵀ rows.
+        """Add weight · rowsᵀ rows, for the time being.
 
         Args:
             rows: ``[..., rows, d]``; not to be changed afterwards.
             weight: may be negative (quadrature weights are signed).
         """
-        if 2 * rows.numel() > _GATHER:
-            self._add_large(rows, weight)
-            return
-        if self._waiting and (
-            self._waiting[0].shape != rows.shape
-            or (len(self._waiting) + 1) * rows.numel() > _GATHER
-        ):
-            self._flush()
-        self._waiting.append(rows)
-        self._weights.append(weight)
+        self._step.add(rows, weight)
 
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        d = self.width
-        rows = torch.cat(self._waiting, -2)
-        count = rows.shape[-2] // len(self._waiting)
-        weights = rows.new_tensor(self._weights).repeat_interleave(count)
-        left = (rows * weights.unsqueeze(-1)).mT
-        target = self._sum[..., :d, :d]
-        if rows.dim() == 2:
-            target.addmm_(left, rows)
-        else:
-            target.baddbmm_(left, rows)
-        if self.one:
-            sums = rows.mT @ weights
-            self._sum[..., :d, d].add_(sums)
-            self._sum[..., d, :d].add_(sums)
-            self._sum[..., d, d] += count * math.fsum(self._weights)
-        self._waiting, self._weights = [], []
+    def accept(self, scale: float = 1.0) -> None:
+        """Keep what was added since the last call.
 
-    def _add_large(self, rows: Tensor, weight: float) -> None:
-        batched, d = rows.dim() == 3, self.width
-        for start, stop in zip(self._starts, [*self._starts[1:], d], strict=True):
-            target = self._sum[..., start:stop, start:d]
-            left, right = rows[..., start:stop].mT, rows[..., start:]
-            if batched:
-                target.baddbmm_(left, right, alpha=weight)
-            else:
-                target.addmm_(left, right, alpha=weight)
-        if self.one:
-            # Above the diagonal only, as the blocks; `full` mirrors it.
-            self._sum[..., :d, d].add_(rows.sum(-2), alpha=weight)
-            self._sum[..., d, d] += weight * rows.shape[-2]
-            if len(self._starts) == 1:
-                self._sum[..., d, :d].add_(rows.sum(-2), alpha=weight)
+        Args:
+            scale: of its weights.
+        """
+        self._total.take(self._step, scale)
+
+    def reject(self) -> None:
+        """Forget what was added since the last `accept`."""
+        self._step.clear()
 
     def merge(self, other: Moment) -> None:
         """Add another sum of the same shape.
 
         Args:
-            other: sum over other rows.
+            other: sum over other rows; left empty.
         """
-        other._flush()
-        self._sum.add_(other._sum)
+        self._total.take(other._total, 1.0)
 
     def full(self) -> Tensor:
-        """The symmetric matrix.
+        """The symmetric matrix of what was accepted.
+
+        Returns:
+            ``[..., d, d]``.
+        """
+        return self._total.symmetric()
+
+
+class Form(NamedTuple):
+    """Of products.
+
+    Attributes:
+        shape: of their sum, with the appended 1.
+        width: of rows, without it.
+        like: for dtype and device.
+    """
+
+    shape: tuple[int, ...]
+    width: int
+    like: Tensor
+
+    @property
+    def one(self) -> bool:
+        """Whether a 1 is appended."""
+        return self.shape[-1] > self.width
+
+    @property
+    def starts(self) -> list[int]:
+        """First columns of the blocks."""
+        return [0] if self.width <= _WHOLE_UP_TO else list(range(0, self.width, _BLOCK))
+
+
+class Products:
+    """Σ w rowsᵀ rows, in a matrix and in rows that still wait for their product."""
+
+    def __init__(self, form: Form) -> None:
+        """Start empty.
+
+        Args:
+            form: of the rows.
+        """
+        self.form = form
+        self._matrix: Tensor | None = None
+        self._waiting: list[tuple[Tensor, float]] = []
+
+    def add(self, rows: Tensor, weight: float) -> None:
+        """Add weight · rowsᵀ rows.
+
+        Args:
+            rows: ``[..., rows, d]``.
+            weight: w.
+        """
+        if 2 * rows.numel() > _GATHER:
+            self._multiply(rows, weight)
+        else:
+            self._wait([(rows, weight)])
+
+    def _wait(self, more: list[tuple[Tensor, float]]) -> None:
+        """Rows of one shape, together with those that wait already if they are not too many."""
+        rows = more[0][0]
+        if self._waiting and (
+            self._waiting[0][0].shape != rows.shape
+            or (len(self._waiting) + len(more)) * rows.numel() > _GATHER
+        ):
+            self._flush()
+        self._waiting += more
+
+    def take(self, other: Products, scale: float) -> None:
+        """Add scale times other products, which are left empty.
+
+        Args:
+            other: of the same form.
+            scale: of their weights.
+        """
+        if other._matrix is not None and self._matrix is not None:
+            self._matrix.add_(other._matrix, alpha=scale)
+        elif other._matrix is not None:
+            self._matrix = other._matrix.mul_(scale)
+        waiting = [(rows, scale * weight) for rows, weight in other._waiting]
+        other.clear()
+        if waiting:
+            self._wait(waiting)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._matrix, self._waiting = None, []
+
+    def _sums(self) -> Tensor:
+        if self._matrix is None:
+            self._matrix = self.form.like.new_zeros(self.form.shape)
+        return self._matrix
+
+    def _flush(self) -> None:
+        """One product of all that waits."""
+        if not self._waiting:
+            return
+        parts, numbers = zip(*self._waiting, strict=True)
+        self._waiting, d, sums = [], self.form.width, self._sums()
+        rows = torch.cat(parts, -2)
+        count = parts[0].shape[-2]
+        weights = rows.new_tensor(numbers).repeat_interleave(count)
+        left = (rows * weights.unsqueeze(-1)).mT
+        target = sums[..., :d, :d]
+        if rows.dim() == 2:
+            target.addmm_(left, rows)
+        else:
+            target.baddbmm_(left, rows)
+        if self.form.one:
+            ones = rows.mT @ weights
+            sums[..., :d, d].add_(ones)
+            sums[..., d, :d].add_(ones)
+            sums[..., d, d] += count * math.fsum(numbers)
+
+    def _multiply(self, rows: Tensor, weight: float) -> None:
+        batched, d, sums = rows.dim() == 3, self.form.width, self._sums()
+        starts = self.form.starts
+        for start, stop in zip(starts, [*starts[1:], d], strict=True):
+            target = sums[..., start:stop, start:d]
+            left, right = rows[..., start:stop].mT, rows[..., start:]
+            if batched:
+                target.baddbmm_(left, right, alpha=weight)
+            else:
+                target.addmm_(left, right, alpha=weight)
+        if self.form.one:
+            # Above the diagonal only, as the blocks; `symmetric` mirrors it.
+            sums[..., :d, d].add_(rows.sum(-2), alpha=weight)
+            sums[..., d, d] += weight * rows.shape[-2]
+            if len(starts) == 1:
+                sums[..., d, :d].add_(rows.sum(-2), alpha=weight)
+
+    def symmetric(self) -> Tensor:
+        """The whole matrix.
 
         Returns:
             ``[..., d, d]``.
         """
         self._flush()
-        if len(self._starts) == 1:
-            return self._sum
-        upper = torch.triu(self._sum)
-        return upper + torch.triu(self._sum, 1).mT
+        sums = self._sums()
+        if len(self.form.starts) == 1:
+            return sums
+        return torch.triu(sums) + torch.triu(sums, 1).mT

@@ -139,12 +139,14 @@ class OutsideRecorder:
             ranks[key] = {s: len(part) for parts in calls.values() for s, part in parts.items()}
             self._uses[key] = _column_uses(calls, ranks[key])
         self._columns.clear()
-        for (layer, task, batch), uses in self._uses.items():
+        while self._uses:  # a layer's inputs and gradients end as they have been summed
+            layer, task, batch = key = next(iter(self._uses))
+            uses = self._uses.pop(key)
             sums = self.collector.new_sums(layer, ranks.get((layer, task, batch), {}))
             samples = sums.add(uses, batch, 1.0)
+            sums.accept()
             sums.close(samples, batch, 1.0)
             self.collector.absorb(layer, sums)
-        self._uses.clear()
 
 
 class _Hook:

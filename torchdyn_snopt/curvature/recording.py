@@ -103,12 +103,12 @@ Owner: TypeAlias = "LayerModule | FreeParameters"
 
 
 class Sums(Protocol):
-    """What a collector sums for one layer during one pass."""
+    """What a collector sums for one layer during one pass, step by step."""
 
     def add(
         self, uses: Sequence[Use], batch: int, weight: float, gradient_weight: float | None = None
     ) -> int:
-        """Add one evaluation.
+        """Add one evaluation, for the time being.
 
         Args:
             uses: of the layer.
@@ -119,6 +119,16 @@ class Sums(Protocol):
         Returns:
             Samples of the layer.
         """
+
+    def accept(self, scale: float = 1.0) -> None:
+        """Keep what was added since the last call.
+
+        Args:
+            scale: of its weights.
+        """
+
+    def reject(self) -> None:
+        """Forget what was added since the last `accept`."""
 
     def close(self, samples: int, batch: int, horizon: float, factor: Tensor | None = None) -> None:
         """Count the samples of the finished pass.
@@ -132,7 +142,11 @@ class Sums(Protocol):
 
 
 class PassSums:
-    """The curvature of one backward pass, handed to the collectors when it has succeeded."""
+    """The curvature of one backward pass, handed to the collectors when it has succeeded.
+
+    What a step's stages leave is summed as it arrives, and counts once the step is accepted: no
+    stage's tensors are kept that long.
+    """
 
     def __init__(
         self,
@@ -159,11 +173,11 @@ class PassSums:
         weight: float,
         gradient_weight: float | None = None,
     ) -> None:
-        """Add one evaluation of the field.
+        """Add one evaluation of the field, for the time being.
 
         Args:
             uses: what was recorded of each layer.
-            weight: quadrature weight bᵢ·|dt|.
+            weight: quadrature weight bᵢ, or bᵢ·|dt|.
             gradient_weight: weight for B where it differs.
         """
         for module, layer_uses in uses.items():
@@ -177,6 +191,20 @@ class PassSums:
                 self._samples[key] = self._sums[key].add(
                     layer_uses, self.batch, weight, gradient_weight
                 )
+
+    def accept(self, scale: float = 1.0) -> None:
+        """Keep what was added since the last call.
+
+        Args:
+            scale: of its weights, |dt| where they were bᵢ.
+        """
+        for sums in self._sums.values():
+            sums.accept(scale)
+
+    def reject(self) -> None:
+        """Forget what was added since the last `accept`."""
+        for sums in self._sums.values():
+            sums.reject()
 
     def deliver(self, horizon: float, factor: Tensor | None = None) -> None:
         """Hand everything to the collectors.

@@ -71,7 +71,10 @@ class Strips(NamedTuple):
 
 
 class StripMoment:
-    """A running weighted sum of patchesᵀ patches, with a 1 appended for a layer with bias."""
+    """A running weighted sum of patchesᵀ patches, with a 1 appended for a layer with bias.
+
+    Patches count once they are accepted.
+    """
 
     def __init__(self, strips: Strips, rows: Tensor, *, one: bool = False) -> None:
         """Start at zero.
@@ -83,19 +86,21 @@ class StripMoment:
         """
         self.strips, self.one, self.width = strips, one, rows.shape[-1]
         self._pieces = strips.pieces()
+        # Of each piece; then, for the 1, of the lines, and how many patches there are.
         square = (*rows.shape[:-3], self.width, self.width)
-        self._products = [rows.new_zeros(square) for _ in self._pieces]
-        self._lines = rows.new_zeros((*rows.shape[:-2], self.width)) if one else None
-        self._count = 0.0
+        shapes = [square] * len(self._pieces) + [(*rows.shape[:-2], self.width), (1,)] * one
+        self._total = [rows.new_zeros(shape) for shape in shapes]
+        self._step: list[Tensor] = []
 
     def add(self, rows: Tensor, weight: float) -> None:
-        """Add weight · patchesᵀ patches.
+        """Add weight · patchesᵀ patches, for the time being.
 
         Args:
             rows: strips ``[..., lines, rows, d]``.
             weight: may be negative (quadrature weights are signed).
         """
-        for (shift, start, stop), product in zip(self._pieces, self._products, strict=True):
+        self._step = self._step or [torch.zeros_like(total) for total in self._total]
+        for (shift, start, stop), product in zip(self._pieces, self._step, strict=False):
             offset = shift * self.strips.dilation
             left = rows[..., start:stop, :, :].flatten(-3, -2)
             right = rows[..., start + offset : stop + offset, :, :].flatten(-3, -2)
@@ -103,9 +108,24 @@ class StripMoment:
                 product.addmm_(left.mT, right, alpha=weight)
             else:
                 product.baddbmm_(left.mT, right, alpha=weight)
-        if self._lines is not None:
-            self._lines.add_(rows.sum(-2), alpha=weight)
-            self._count += weight * rows.shape[-2] * self.strips.locations
+        if self.one:
+            lines, count = self._step[-2:]
+            lines.add_(rows.sum(-2), alpha=weight)
+            count += weight * rows.shape[-2] * self.strips.locations
+
+    def accept(self, scale: float = 1.0) -> None:
+        """Keep what was added since the last call.
+
+        Args:
+            scale: of its weights.
+        """
+        if self._step:
+            torch._foreach_add_(self._total, self._step, alpha=scale)
+        self._step = []
+
+    def reject(self) -> None:
+        """Forget what was added since the last `accept`."""
+        self._step = []
 
     def merge(self, other: StripMoment) -> None:
         """Add another sum of the same geometry.
@@ -113,33 +133,30 @@ class StripMoment:
         Args:
             other: sum over other rows.
         """
-        for product, more in zip(self._products, other._products, strict=True):
-            product.add_(more)
-        if self._lines is not None and other._lines is not None:
-            self._lines.add_(other._lines)
-            self._count += other._count
+        torch._foreach_add_(self._total, other._total)
 
     def full(self) -> Tensor:
-        """The symmetric matrix, its features in the order (kernel line, strip).
+        """The symmetric matrix of what was accepted, its features in the order (line, strip).
 
         Returns:
             ``[..., K d (+1), K d (+1)]``.
         """
         kernel, width = self.strips.kernel, self.width
-        batch = self._products[0].shape[:-2]
+        batch = self._total[0].shape[:-2]
         size = kernel * width + self.one
-        total = self._products[0].new_zeros((*batch, size, size))
-        for (shift, start, stop), product in zip(self._pieces, self._products, strict=True):
+        total = self._total[0].new_zeros((*batch, size, size))
+        for (shift, start, stop), product in zip(self._pieces, self._total, strict=False):
             for k in range(kernel - shift):
                 first, last = self.strips.window(k, shift)
                 if first <= start and stop <= last:
                     row, column = k * width, (k + shift) * width
                     total[..., row : row + width, column : column + width].add_(product)
         upper = torch.triu(total)
-        if self._lines is not None:
+        if self.one:
+            lines, count = self._total[-2:]
             for k in range(kernel):
                 first, last = self.strips.window(k)
-                sums = self._lines[..., first : max(first, last), :].sum(-2)
+                sums = lines[..., first : max(first, last), :].sum(-2)
                 upper[..., k * width : (k + 1) * width, -1] = sums
-            upper[..., -1, -1] = self._count
+            upper[..., -1, -1] = count
         return upper + torch.triu(upper, 1).mT

@@ -105,17 +105,18 @@ class TorchdiffeqODE(nn.Module):
         super().__init__()
         self.node = node
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t_span: Tensor | None = None) -> Tensor:
         """Solve.
 
         Args:
             x: The initial state.
+            t_span: Times, instead of the model's own.
 
         Returns:
             The states at the times.
         """
         node = self.node
-        x, t_span = node._prep_integration(x, None)
+        x, t_span = node._prep_integration(x, t_span)
         states: Tensor = torchdiffeq.odeint_adjoint(
             node.vf,
             x,
