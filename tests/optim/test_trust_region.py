@@ -878,6 +878,6 @@ def test_steps_end_as_gradients_do(monkeypatch: pytest.MonkeyPatch) -> None:
         lengths.append(max(float(a.abs().max()) for a in m))
     assert group["adam_floor"] == pytest.approx(floor, rel=1e-9)
     states = [layer.state for layer in layers]
-    adam = TrustRegion._metrics(states, group).adam
+    adam = TrustRegion()._metrics(states, group, group["adam_floor"]).adam
     assert float(adam.min()) >= floor
     assert lengths[-1] / floor < 1e-6

@@ -161,28 +161,32 @@ class TrustRegion(Preconditioner):
         """
         states = [layer.state for layer in layers]
         new = rotated(states, gradients)
+        if group["kl_clip"] is None:
+            self._absorb(states, new, group)
+            natural = _in_a_row(_averages(states, group)) / self._curvature(states, group)
+            return rotated_back(states, _apart(natural, new))
         cosines = self._cosines(states, new, group)
         self._absorb(states, new, group)
-        self._raise_floor(states, group)
-        metrics = self._metrics(states, group)
+        floor = self._floor(states, group)
+        metrics = self._metrics(states, group, floor)
         m = _in_a_row(_averages(states, group))
         natural, adam = (m / metric for metric in metrics)
-        if group["kl_clip"] is None:
-            return rotated_back(states, _apart(natural, new))
-        lengths = torch.stack([torch.dot(natural, m), torch.dot(adam * metrics.natural, adam)])
-        figures = Figures(*torch.cat([cosines, lengths]).tolist())
-        nu, mu = self._within_radii(figures, group, report)
+        lengths = [torch.dot(natural, m), torch.dot(adam * metrics.natural, adam)]
+        # One wait for the device: everything that the host is to know comes together.
+        *numbers, group["adam_floor"] = torch.stack([*cosines, *lengths, floor]).tolist()
+        nu, mu = self._within_radii(Figures(*numbers), group, report)
         step = natural.mul_(nu).add_(adam, alpha=mu)
         return rotated_back(states, _apart(step, new))
 
-    def _cosines(self, states: list[Group], new: list[Tensor], group: Group) -> Tensor:
+    def _cosines(self, states: list[Group], new: list[Tensor], group: Group) -> list[Tensor]:
         """Both c, before the new gradients enter the metrics; 0 at the first step."""
         known = [i for i, state in enumerate(states) if "exp_avg" in state]
         if not known:
-            return new[0].new_zeros(2)
+            return list(new[0].new_zeros(2))
         states = [states[i] for i in known]
         g, m = _in_a_row([new[i] for i in known]), _in_a_row(_averages(states, group))
-        return torch.stack([_cosine(g, m, d) for d in self._metrics(states, group)])
+        metrics = self._metrics(states, group, group.get("adam_floor", 0.0))
+        return [_cosine(g, m, metric) for metric in metrics]
 
     @staticmethod
     def _absorb(states: list[Group], new: list[Tensor], group: Group) -> None:
@@ -200,8 +204,12 @@ class TrustRegion(Preconditioner):
             torch._foreach_addcmul_(variances, surprises, surprises, value=1.0 - beta2)
         absorb(states, new, group["momentum"], beta2)
 
+    def _metrics(self, states: list[Group], group: Group, floor: Tensor | float) -> Metrics:
+        scale = _in_a_row(deviations(states, group["alpha"]))
+        return Metrics(self._curvature(states, group), scale.add_(floor))
+
     @staticmethod
-    def _metrics(states: list[Group], group: Group) -> Metrics:
+    def _curvature(states: list[Group], group: Group) -> Tensor:
         kronecker = [s["damped_B"].unsqueeze(-1) * s["damped_A"].unsqueeze(-2) for s in states]
         # The first gradient surprises nobody, so that one number less has been averaged.
         counts = [max(state["adam_step"] - 1, 1) for state in states]
@@ -210,18 +218,16 @@ class TrustRegion(Preconditioner):
             for state, n in zip(states, counts, strict=True)
         ]
         fisher = torch._foreach_mul([state["variance"] for state in states], shares)
-        curvature = torch._foreach_maximum(kronecker, list(fisher))
-        scale = _in_a_row(deviations(states, group["alpha"]))
-        return Metrics(_in_a_row(curvature), scale.add_(group.get("adam_floor", 0.0)))
+        return _in_a_row(torch._foreach_maximum(kronecker, list(fisher)))
 
     @staticmethod
-    def _raise_floor(states: list[Group], group: Group) -> None:
+    def _floor(states: list[Group], group: Group) -> Tensor:
         """Adam's ε: a share of the largest √v of all layers so far; steps end as gradients do."""
         roots = [state["exp_avg_sq"].mean().sqrt() for state in states]
         factors = [c**0.5 for c in corrections(states, group["alpha"])]
-        largest = float(torch.stack(torch._foreach_div(roots, factors)).max())
-        if math.isfinite(largest):
-            group["adam_floor"] = max(group.get("adam_floor", 0.0), FLOOR * largest)
+        largest = FLOOR * torch.stack(torch._foreach_div(roots, factors)).max()
+        known = group.get("adam_floor", 0.0)
+        return torch.where(torch.isfinite(largest), largest.clamp_min(known), known)
 
     @staticmethod
     def _within_radii(figures: Figures, group: Group, report: Report) -> tuple[float, float]:

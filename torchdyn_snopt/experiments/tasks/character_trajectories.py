@@ -30,8 +30,8 @@ TASK = Task(
     window=4,
     settings={
         "snopt-paper": {"lr": 3e-3, "weight_decay": 1e-4},
-        "adam": {"lr": 1e-3},
-        "adamw": {"lr": 1e-3},
-        "sgd": {"lr": 0.1},
+        "adam": {"lr": 3e-3},
+        "adamw": {"lr": 3e-3},
+        "sgd": {"lr": 0.03},
     },
 )

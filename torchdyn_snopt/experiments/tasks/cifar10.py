@@ -30,6 +30,6 @@ TASK = Task(
         "snopt-paper": {"lr": 0.01, "damping": 0.03},
         "adam": {"lr": 1e-3, "weight_decay": 1e-3},
         "adamw": {"lr": 1e-3},
-        "sgd": {"lr": 0.01},
+        "sgd": {"lr": 0.03},
     },
 )

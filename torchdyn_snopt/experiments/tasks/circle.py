@@ -66,6 +66,6 @@ TASK = Task(
         "snopt-paper": {"lr": 0.01, "momentum": 0.9},
         "adam": {"lr": 1e-2},
         "adamw": {"lr": 1e-2},
-        "sgd": {"lr": 0.01},
+        "sgd": {"lr": 3e-4},
     },
 )

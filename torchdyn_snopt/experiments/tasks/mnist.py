@@ -30,6 +30,6 @@ TASK = Task(
         "snopt-paper": {"lr": 0.02},
         "adam": {"lr": 1e-3},
         "adamw": {"lr": 1e-3},
-        "sgd": {"lr": 0.02},
+        "sgd": {"lr": 0.05},
     },
 )

@@ -32,6 +32,6 @@ TASK = Task(
         "snopt-paper": {"lr": 5e-3},
         "adam": {"lr": 3e-3},
         "adamw": {"lr": 3e-3},
-        "sgd": {"lr": 0.1},
+        "sgd": {"lr": 0.01},
     },
 )
