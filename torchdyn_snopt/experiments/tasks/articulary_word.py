@@ -32,6 +32,6 @@ TASK = Task(
         "snopt-paper": {"lr": 3e-3, "damping": 0.1},
         "adam": {"lr": 1e-2},
         "adamw": {"lr": 1e-2},
-        "sgd": {"lr": 0.03},
+        "sgd": {"lr": 0.01},
     },
 )
