@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.curvature.dense import input_patches, moments, output_gradients
+from torchdyn_snopt.curvature import factors
 from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums, Use
 from torchdyn_snopt.curvature.layers import is_supported, split_weight_matrix, weight_matrix
 from torchdyn_snopt.errors import InvalidInputError
@@ -235,3 +236,26 @@ def test_the_weight_matrix_and_back(groups: int, bias: bool) -> None:
 def test_unknown_choices_are_refused(name: str, value: str) -> None:
     with pytest.raises(InvalidInputError, match=f"unknown {name}"):
         CurvatureSpec(**{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv")])
+def test_rows_of_large_gradients_are_made_in_parts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shape = LAYERS[name]
+    module = make()
+    use = make_use(module, (N, *shape))
+    whole = collect(module, [use], "expand")
+    made = []
+    original = factors.gradient_rows
+
+    def gradient_rows(module: nn.Module, g: Tensor, *rest: object) -> object:
+        made.append(len(g))
+        return original(module, g, *rest)
+
+    monkeypatch.setattr(factors, "gradient_rows", gradient_rows)
+    monkeypatch.setattr(factors, "LARGE", 2 * use.g[0].numel())
+    parts = collect(module, [use], "expand")
+    assert made == [2] * (N // 2) + [1] * (N % 2)
+    torch.testing.assert_close(parts.B, whole.B, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(parts.A, whole.A, rtol=0, atol=0)

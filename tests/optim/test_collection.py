@@ -314,3 +314,26 @@ def test_layers_that_share_a_weight() -> None:
     with pytest.raises(UnsupportedError, match="share a weight") as caught:
         optimizer.step()
     assert "give both layers a bias or none" in str(caught.value)
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_calls_of_a_checkpointed_layer_are_positions_of_its_samples(sharing: str) -> None:
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "cell": nn.Linear(4, 4)})
+    x = torch.randn(5, 3)
+    seen = {}
+    for checkpointed in (False, True):
+        optimizer = SNOpt(model, preconditioner="kfac", update_freq=1, weight_sharing=sharing)
+        optimizer.zero_grad()
+        h = torch.tanh(model["first"](x))
+        for _ in range(2):  # each call has its gradient before the other one is even recomputed
+            if checkpointed:
+                h = torch.utils.checkpoint.checkpoint(model["cell"], h, use_reentrant=False)
+            else:
+                h = model["cell"](h)
+            h = torch.tanh(h)
+        h.square().sum().backward()
+        for recorder in optimizer._recorders:
+            recorder.deliver()
+        seen[checkpointed] = optimizer._collectors[0].factors(model["cell"].weight)
+    assert relative_error(seen[True].A, seen[False].A) < 1e-12
+    assert relative_error(seen[True].B, seen[False].B) < 1e-12

@@ -26,7 +26,7 @@ from torchdyn_snopt.curvature.moments import Moment
 from torchdyn_snopt.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.strips import StripMoment, Strips
@@ -167,6 +167,10 @@ class Use(NamedTuple):
     columns: Tensor | None = None
 
 
+# Entries of a convolution's gradient that become rows at once.
+LARGE = 1 << 20
+
+
 class LayerSums:
     """Running sums of one layer, over evaluations and backward passes."""
 
@@ -203,7 +207,6 @@ class LayerSums:
         """
         uses = [_in_wide_dtype(use) for use in uses]
         inputs = [self._inputs(use, batch) for use in uses]
-        gradients = [rows for use in uses if (rows := self._gradients(use, batch)) is not None]
         self._step_rows += weight * sum(rows.positions * rows.samples for rows in inputs)
         self._step_samples += weight * inputs[0].samples
         if self.spec.weight_sharing == "reduce" and len(uses) > 1:
@@ -211,12 +214,11 @@ class LayerSums:
             shares = [rows.positions / positions for rows in inputs]
             mean = _total([rows.values * s for rows, s in zip(inputs, shares, strict=True)])
             inputs = [Rows(mean, inputs[0].samples, positions)]
-            gradients = [_total(gradients)] if gradients else []
         for z in inputs:
             if z.strips not in self._a:
                 self._a[z.strips] = z.moment(one=self.bias)
             self._a[z.strips].add(z.values, weight * z.stand_for)
-        for g in gradients:
+        for g in self._gradients(uses, batch):
             self._b = self._b or Moment(g)
             self._b.add(g, weight if gradient_weight is None else gradient_weight)
         return inputs[0].samples
@@ -251,14 +253,25 @@ class LayerSums:
         rows = input_rows(module, use.z[:: batch // some][:some], some, sharing)
         return replace(rows, samples=batch, stand_for=batch / some)
 
-    def _gradients(self, use: Use, batch: int) -> Tensor | None:
+    def _gradients(self, uses: Sequence[Use], batch: int) -> Iterator[Tensor]:
+        parts = (part for use in uses for part in self._parts(use, batch))
+        if self.spec.weight_sharing == "expand" or len(uses) == 1:
+            return parts
+        whole = list(parts)
+        return iter([_total(whole)] if whole else [])
+
+    def _parts(self, use: Use, batch: int) -> Iterator[Tensor]:
+        """Rows of B; of large gradients in parts, since rows of a convolution are a copy."""
         sharing = self.spec.weight_sharing
-        if not self.spec.seeded:
-            g = use.g
-            return None if g is None else gradient_rows(self.module, g, batch, sharing).values
-        if use.columns is None:
-            return None
-        columns = use.columns
+        if self.spec.seeded:
+            if use.columns is not None:
+                yield self._column_rows(use.columns, batch)
+        elif use.g is not None:
+            for g in _in_parts(self.module, use.g) if sharing == "expand" else [use.g]:
+                yield gradient_rows(self.module, g, batch, sharing).values
+
+    def _column_rows(self, columns: Tensor, batch: int) -> Tensor:
+        sharing = self.spec.weight_sharing
         if _is_batched(self.module, columns, batch):
             flat, rank = columns.flatten(0, 1), len(columns)
             return gradient_rows(self.module, flat, batch * rank, sharing).values
@@ -332,6 +345,13 @@ def _in_wide_dtype(use: Use) -> Use:
     )
     assert z is not None
     return use._replace(z=z, g=g, columns=columns)
+
+
+def _in_parts(module: LayerModule, g: Tensor) -> Sequence[Tensor]:
+    if isinstance(module, nn.Linear) or g.dim() < len(module.kernel_size) + 2 or not len(g):
+        return [g]
+    parts: Sequence[Tensor] = g.split(max(1, LARGE // g[0].numel()))
+    return parts
 
 
 def _is_batched(module: LayerModule, columns: Tensor, batch: int) -> bool:
