@@ -66,7 +66,7 @@ def sums_of(
     module: nn.Module, evaluations: list[list[Use]], batch: int = N, **spec: Any
 ) -> LayerSums:
     """Evaluations with the weights 1, 2, … of a quadrature."""
-    spec = {"sampled": True, "reduction": "sum", **spec}
+    spec = {"estimate": True, "reduction": "sum", **spec}
     sums = LayerSums(module, CurvatureSpec(**spec), bias=module.bias is not None)
     for number, uses in enumerate(evaluations, start=1):
         samples = sums.add(uses, batch, float(number))
@@ -173,7 +173,7 @@ def test_all_else_is_as_if_all_samples_had_been_taken(name: str, reduction: str)
     _, other = make(name)
     evaluations = [[use], [other, use]]
     some = sums_of(module, evaluations, reduction=reduction)
-    whole = sums_of(module, evaluations, reduction=reduction, sampled=False)
+    whole = sums_of(module, evaluations, reduction=reduction, estimate=False)
     assert some.totals().numbers() == pytest.approx(whole.totals().numbers(), rel=1e-12)
     left, right = some.factors(), whole.factors()
     assert torch.equal(left.B, right.B)
@@ -220,7 +220,7 @@ def test_columns_of_a_loss_are_taken_of_all_samples() -> None:
     columns = torch.randn(2, *use.g.shape)
     seeded = [[use._replace(columns=columns)]]
     some = sums_of(module, seeded, curvature="ggn")
-    whole = sums_of(module, seeded, curvature="ggn", sampled=False)
+    whole = sums_of(module, seeded, curvature="ggn", estimate=False)
     assert torch.equal(some.factors().B, whole.factors().B)
     close(some.factors().A, dense(module, [evenly(module, use)])[0])
 
@@ -305,8 +305,8 @@ def test_the_others_never_do(preconditioner: str, monkeypatch: pytest.MonkeyPatc
 
 def test_what_the_collectors_are_asked_for() -> None:
     asked = {
-        name: SNOpt(Images(), preconditioner=name)._collectors[0].spec.sampled
+        name: SNOpt(Images(), preconditioner=name)._collectors[0].spec.estimate
         for name in ("trust_region", "kfe_adam", "kfac", "ekfac", "low_rank")
     }
     assert asked == {**dict.fromkeys(asked, False), "trust_region": True}
-    assert not CurvatureSpec().sampled
+    assert not CurvatureSpec().estimate

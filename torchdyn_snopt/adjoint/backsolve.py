@@ -77,8 +77,11 @@ class AdjointSystem(System):
         self.full_norm = problem.sensitivity.error_norm == "full"
         on_grid = problem.sensitivity.quadrature == "grid"
         self.sums, self.tape = sums, tape
-        self.collects_stages = bool(sums.wanted) and not on_grid
+        on_ends = sums.estimate and self.fsal and tableau.adaptive and not on_grid
+        self.collects_ends = bool(sums.wanted) and on_ends
+        self.collects_stages = bool(sums.wanted) and not (on_grid or on_ends)
         self.collects_grid = bool(sums.wanted) and on_grid
+        self._before = 0.0  # length of the step that ended where this one starts
         self.total = WeightedSum()
         self.grid: list[float] = []
         self.grid_dt = 0.0
@@ -104,9 +107,11 @@ class AdjointSystem(System):
             self._begin_step()
         # Behind the last step of a segment a jumps, so that its last stage starts no other step.
         weighted = stage >= 0 and (self.b[stage] != 0.0 or self.full_norm)
-        carried = self.fsal and stage == self.stages - 1 and not self.at_end
+        last = self.fsal and stage == self.stages - 1
+        carried = last and not self.at_end
         wanted = weighted or carried
-        gradients, uses = self._vjp(t, y, out, wanted, wanted and self.collects_stages)
+        at_end = self.collects_ends and (stage == 0 or last)
+        gradients, uses = self._vjp(t, y, out, wanted, at_end or (wanted and self.collects_stages))
         if stage == 0:
             self._first = (gradients, uses)
         elif weighted:
@@ -115,7 +120,7 @@ class AdjointSystem(System):
                 self.sums.add(uses, self.b[stage])
         if self.full_norm and self.e is not None and stage > 0:
             self._step_error.add(gradients, self.e[stage])
-        if carried:
+        if last:
             self._last = (gradients, uses)
 
     def _vjp(
@@ -178,6 +183,8 @@ class AdjointSystem(System):
             if self.b[0] != 0.0:
                 self.sums.add(self._first[1], self.b[0])
             self.sums.accept(abs(step.dt))
+        if self.collects_ends:
+            self._collect_at_ends(abs(step.dt))
         if self.collects_grid:
             self._collect_on_grid(step)
         if self.fsal:
@@ -191,11 +198,20 @@ class AdjointSystem(System):
             t: where the segment starts.
             t_end: where it ends.
         """
+        self._before = 0.0
         if self.collects_grid:
             length = abs(t_end - t)
             points = max(1, math.ceil(length / self.problem.sensitivity.grid_step - 1e-9))
             self.grid_dt = length / points
             self.grid = [t + (t_end - t) * (i / points) for i in range(1, points + 1)]
+
+    def _collect_at_ends(self, dt: float) -> None:
+        """The trapezoidal rule; the end of a step is the start of the next one."""
+        self.sums.add(self._first[1], 0.5 * (self._before + dt))
+        if self.at_end:
+            self.sums.add(self._last[1], 0.5 * dt)
+        self.sums.accept()
+        self._before = dt
 
     def _collect_on_grid(self, step: Step) -> None:
         end = step.t + step.dt

@@ -50,14 +50,15 @@ class CurvatureSpec:
             'auto' takes seeds where a loss offers some, and is 'empirical' else.
         weight_sharing: 'expand' or 'reduce' (positions summed before the outer product).
         reduction: how the loss combines the samples, 'mean' or 'sum'.
-        sampled: whether A of a large convolution may come from a part of the batch.
+        estimate: whether A of a large convolution may come from a part of the batch, and integrals
+            over time from the ends of the solver's steps.
         offered: the seeds that 'auto' has been offered, 'mc' or 'ggn'.
     """
 
     curvature: CurvatureKind = "empirical"
     weight_sharing: WeightSharing = "expand"
     reduction: Reduction = "mean"
-    sampled: bool = False
+    estimate: bool = False
     offered: Literal["mc", "ggn"] | None = None
 
     @property
@@ -246,7 +247,7 @@ class LayerSums:
 
     def _inputs(self, use: Use, batch: int) -> Rows:
         module, sharing = use.module or self.module, self.spec.weight_sharing
-        few = self.spec.sampled and sharing == "expand"
+        few = self.spec.estimate and sharing == "expand"
         some = enough_samples(module, use.z, batch) if few else batch
         if some == batch:
             return input_rows(module, use.z, batch, sharing)

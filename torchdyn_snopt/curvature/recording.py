@@ -164,6 +164,8 @@ class PassSums:
         self.wanted, self.batch, self.ranks = wanted, batch, ranks or {}
         #: Whether a taker wants columns sample by sample.
         self.per_sample = any(c.per_sample for takers in wanted.values() for c in takers)
+        #: Whether all takers are content with an estimate.
+        self.estimate = all(c.spec.estimate for takers in wanted.values() for c in takers)
         self._sums: dict[tuple[Owner, Collector], Sums] = {}
         self._samples: dict[tuple[Owner, Collector], int] = {}
 

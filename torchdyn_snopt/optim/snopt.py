@@ -616,9 +616,9 @@ def _collector(group: Group) -> Collector:
 
 
 def _spec(group: Group) -> CurvatureSpec:
-    sampled = group["preconditioner"] == "trust_region"
+    estimate = group["preconditioner"] == "trust_region"
     return CurvatureSpec(
-        group["curvature"], group["weight_sharing"], group["reduction"], sampled=sampled
+        group["curvature"], group["weight_sharing"], group["reduction"], estimate=estimate
     )
 
 

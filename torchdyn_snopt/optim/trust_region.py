@@ -31,7 +31,8 @@ Robbins and Monro do, and c₀ with it, so that both come to rest.
 
 The curvature is refreshed when it has become old by that same measure: in each of the first `EARLY`
 steps, then once the natural steps since the last refresh add up to `STALE`, at the latest after
-``update_freq`` steps.
+``update_freq`` steps. It is an estimate (`CurvatureSpec.estimate`): integrals over time are taken
+at the ends of the solver's steps, A of a large convolution from a part of the batch.
 """
 
 from __future__ import annotations
