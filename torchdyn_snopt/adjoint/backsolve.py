@@ -110,8 +110,9 @@ class AdjointSystem(System):
         last = self.fsal and stage == self.stages - 1
         carried = last and not self.at_end
         wanted = weighted or carried
-        at_end = self.collects_ends and (stage == 0 or last)
-        gradients, uses = self._vjp(t, y, out, wanted, at_end or (wanted and self.collects_stages))
+        on_ends = self.collects_ends and (stage == 0 or last)
+        curvature = on_ends or (wanted and self.collects_stages)
+        gradients, uses = self._vjp(t, y, out, wanted, curvature)
         if stage == 0:
             self._first = (gradients, uses)
         elif weighted:

@@ -48,8 +48,9 @@ class SNOptSensitivity:
             depth); 'checkpoint' keeps the accepted states and replays each step, which gives the
             exact gradient of the discrete solution.
         quadrature: 'stages' takes the time integrals of Eq. 13 with the solver's own weights bᵢ
-            (where all that want them are content with an estimate, as SNOpt's 'trust_region' is,
-            by the trapezoidal rule over its steps: one evaluation in place of five); 'grid' is the paper's Riemann sum over an even grid (line 5 of Algorithm 1).
+            (for SNOpt's 'trust_region', which is content with an estimate, by the trapezoidal rule
+            over the solver's steps: one evaluation in place of five); 'grid' is the paper's Riemann
+            sum over an even grid (line 5 of Algorithm 1).
         grid_step: Δt of that grid, in units of t.
         error_norm: the step size obeys the error of x and a ('state'), or that of the parameter
             gradient as well ('full').
