@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _WHOLE_UP_TO = 256
 _BLOCK = 128
 # Small matrices of rows wait until together they make one product of about this many entries.
-_GATHER = 1 << 13
+_GATHER = 1 << 18
 
 
 class Moment:
@@ -62,6 +62,7 @@ class Moment:
         Args:
             other: sum over other rows; left empty.
         """
+        other._total.flush()  # rows wait for others of their own pass only
         self._total.take(other._total, 1.0)
 
     def full(self) -> Tensor:
@@ -129,7 +130,7 @@ class Products:
             self._waiting[0][0].shape != rows.shape
             or (len(self._waiting) + len(more)) * rows.numel() > _GATHER
         ):
-            self._flush()
+            self.flush()
         self._waiting += more
 
     def take(self, other: Products, scale: float) -> None:
@@ -157,7 +158,7 @@ class Products:
             self._matrix = self.form.like.new_zeros(self.form.shape)
         return self._matrix
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """One product of all that waits."""
         if not self._waiting:
             return
@@ -201,7 +202,7 @@ class Products:
         Returns:
             ``[..., d, d]``.
         """
-        self._flush()
+        self.flush()
         sums = self._sums()
         if len(self.form.starts) == 1:
             return sums
