@@ -12,6 +12,8 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from torchdyn_snopt.curvature.factors import Use
+
 
 def input_patches(module: nn.Module, z: Tensor) -> Tensor:
     """What each weight entry is multiplied with: ``[G, N, S, in]``, in the weight's own order.
@@ -71,3 +73,16 @@ def moments(
                 a[group] += torch.outer(z[group, n, s], z[group, n, s]) / samples
                 b[group] += torch.outer(g[group, n, s], g[group, n, s]) / (samples * positions)
     return a, b
+
+
+def layer_moments(
+    module: nn.Module, uses: list[Use], sharing: str = "expand"
+) -> tuple[Tensor, Tensor]:
+    """A and B of one evaluation of a layer by `moments`; of one group, as matrices."""
+    a, b = moments(
+        [input_patches(module, use.z) for use in uses],
+        [output_gradients(module, use.g) for use in uses],
+        sharing,
+        bias=module.bias is not None,
+    )
+    return (a, b) if getattr(module, "groups", 1) > 1 else (a[0], b[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.curvature.dense import input_patches, moments, output_gradients
+from tests.curvature.dense import input_patches, layer_moments, moments, output_gradients
 from torchdyn_snopt.curvature import factors
 from torchdyn_snopt.curvature.factors import CurvatureSpec, Factors, LayerSums, Use
 from torchdyn_snopt.curvature.layers import is_supported, split_weight_matrix, weight_matrix
@@ -84,16 +84,6 @@ def make_use(module: nn.Module, shape: tuple[int, ...]) -> Use:
     return Use(z, torch.randn_like(module(z)))
 
 
-def expected(module: nn.Module, uses: list[Use], sharing: str) -> tuple[Tensor, Tensor]:
-    a, b = moments(
-        [input_patches(module, use.z) for use in uses],
-        [output_gradients(module, use.g) for use in uses],
-        sharing,
-        bias=module.bias is not None,
-    )
-    return (a, b) if getattr(module, "groups", 1) > 1 else (a[0], b[0])
-
-
 def check(factors: Factors, reference: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(factors.A, reference[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(factors.B, reference[1], rtol=1e-10, atol=1e-12)
@@ -105,7 +95,7 @@ def test_factors_of_one_use(name: str, sharing: str) -> None:
     build, shape = LAYERS[name]
     module = build()
     use = make_use(module, (N, *shape))
-    check(collect(module, [use], sharing), expected(module, [use], sharing))
+    check(collect(module, [use], sharing), layer_moments(module, [use], sharing))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -126,14 +116,14 @@ def test_several_uses_in_one_evaluation_are_further_positions(name: str, sharing
     build, shape = LAYERS[name]
     module = build()
     uses = [make_use(module, (N, *shape)) for _ in range(3)]
-    check(collect(module, uses, sharing), expected(module, uses, sharing))
+    check(collect(module, uses, sharing), layer_moments(module, uses, sharing))
 
 
 def test_uses_with_different_numbers_of_positions_weigh_by_them() -> None:
     module = nn.Conv1d(2, 3, 3)
     uses = [make_use(module, (N, 2, length)) for length in (5, 9)]
     for sharing in ("expand", "reduce"):
-        check(collect(module, uses, sharing), expected(module, uses, sharing))
+        check(collect(module, uses, sharing), layer_moments(module, uses, sharing))
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -164,7 +154,7 @@ def test_unbatched_input_counts_as_one_sample(name: str, sharing: str) -> None:
     module = build()
     use = make_use(module, shape)
     batched = Use(use.z.unsqueeze(0), use.g.unsqueeze(0))
-    check(collect(module, [use], sharing, batch=7), expected(module, [batched], sharing))
+    check(collect(module, [use], sharing, batch=7), layer_moments(module, [batched], sharing))
 
 
 def test_the_mean_over_the_batch_is_undone() -> None:
@@ -187,7 +177,7 @@ def test_a_use_without_gradient_counts_for_the_inputs_only() -> None:
     module = nn.Linear(4, 2)
     used, dead = make_use(module, (N, 4)), make_use(module, (N, 4))
     factors = collect(module, [used, Use(dead.z, None)], "expand")
-    a = expected(module, [used], "expand")[0] + expected(module, [dead], "expand")[0]
+    a = layer_moments(module, [used], "expand")[0] + layer_moments(module, [dead], "expand")[0]
     torch.testing.assert_close(factors.A, a)
 
 
@@ -199,7 +189,7 @@ def test_non_contiguous_inputs() -> None:
     wide = Use(torch.randn(4, N).t(), torch.randn(1, 2).expand(N, 2))
     for layer, use in ((module, Use(z, g)), (linear, wide)):
         for sharing in ("expand", "reduce"):
-            check(collect(layer, [use], sharing), expected(layer, [use], sharing))
+            check(collect(layer, [use], sharing), layer_moments(layer, [use], sharing))
 
 
 @pytest.mark.parametrize(

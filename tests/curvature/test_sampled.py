@@ -11,7 +11,7 @@ from torch import nn
 from torchdyn.core import NeuralODE
 
 import torchdyn_snopt
-from tests.curvature.dense import input_patches, moments, output_gradients
+from tests.curvature.dense import input_patches, layer_moments, moments
 from tests.curvature.test_layers import LAYERS
 from torchdyn_snopt import SNOpt
 from torchdyn_snopt.curvature import layers
@@ -73,16 +73,6 @@ def sums_of(
     sums.accept()
     sums.close(samples, batch, 1.0)
     return sums
-
-
-def dense(module: nn.Module, uses: list[Use], sharing: str = "expand") -> tuple[Tensor, Tensor]:
-    a, b = moments(
-        [input_patches(module, use.z) for use in uses],
-        [output_gradients(module, use.g) for use in uses],
-        sharing,
-        bias=module.bias is not None,
-    )
-    return (a, b) if getattr(module, "groups", 1) > 1 else (a[0], b[0])
 
 
 def evenly(module: nn.Module, use: Use) -> Use:
@@ -161,8 +151,8 @@ def test_a_is_that_of_some_samples_and_b_that_of_all(name: str) -> None:
     module, use = make(name)
     assert needed(module, use) < N or name not in FEW
     factors = sums_of(module, [[use]]).factors()
-    close(factors.A, dense(module, [evenly(module, use)])[0])
-    close(factors.B, dense(module, [use])[1])
+    close(factors.A, layer_moments(module, [evenly(module, use)])[0])
+    close(factors.B, layer_moments(module, [use])[1])
 
 
 @pytest.mark.usefixtures("eager")
@@ -190,7 +180,7 @@ def test_evaluations_and_uses_add_up(name: str) -> None:
     other = Use(z, torch.randn_like(module(z)))
     assert needed(module, other) < needed(module, one) < N
     factors = sums_of(module, [[one], [other, one], [other]]).factors()
-    parts = [dense(module, [evenly(module, use)])[0] for use in (one, other)]
+    parts = [layer_moments(module, [evenly(module, use)])[0] for use in (one, other)]
     close(factors.A, (1.0 + 2.0) * parts[0] + (2.0 + 3.0) * parts[1])
 
 
@@ -200,7 +190,7 @@ def test_passes_over_two_batches_count_by_their_samples() -> None:
     _, last = make("2d", N + 3)
     sums = sums_of(module, [[use]])
     sums.absorb(sums_of(module, [[last]], N + 3))
-    parts = [dense(module, [evenly(module, one)])[0] for one in (use, last)]
+    parts = [layer_moments(module, [evenly(module, one)])[0] for one in (use, last)]
     close(sums.factors().A, (N * parts[0] + (N + 3) * parts[1]) / (2 * N + 3))
 
 
@@ -222,7 +212,7 @@ def test_columns_of_a_loss_are_taken_of_all_samples() -> None:
     some = sums_of(module, seeded, curvature="ggn")
     whole = sums_of(module, seeded, curvature="ggn", estimate=False)
     assert torch.equal(some.factors().B, whole.factors().B)
-    close(some.factors().A, dense(module, [evenly(module, use)])[0])
+    close(some.factors().A, layer_moments(module, [evenly(module, use)])[0])
 
 
 @pytest.mark.usefixtures("eager")
@@ -230,7 +220,7 @@ def test_columns_of_a_loss_are_taken_of_all_samples() -> None:
 def test_reduce_takes_all_samples(name: str) -> None:
     module, use = make(name)
     factors = sums_of(module, [[use]], weight_sharing="reduce").factors()
-    a, b = dense(module, [use], "reduce")
+    a, b = layer_moments(module, [use], "reduce")
     close(factors.A, a)
     close(factors.B, b)
 
@@ -241,7 +231,7 @@ def test_linear_layers_take_all_samples(shape: tuple[int, ...]) -> None:
     module = nn.Linear(4, 2)
     z = torch.randn(shape)
     use = Use(z, torch.randn_like(module(z)))
-    close(sums_of(module, [[use]]).factors().A, dense(module, [use])[0])
+    close(sums_of(module, [[use]]).factors().A, layer_moments(module, [use])[0])
 
 
 @pytest.mark.usefixtures("eager")
@@ -249,9 +239,11 @@ def test_linear_layers_take_all_samples(shape: tuple[int, ...]) -> None:
 def test_unbatched_and_folded_input_is_left_whole(name: str) -> None:
     module, use = make(name, 2 * N)
     lone = Use(use.z[0], use.g[0])
-    close(sums_of(module, [[lone]]).factors().A, dense(module, [Use(use.z[:1], use.g[:1])])[0])
+    close(
+        sums_of(module, [[lone]]).factors().A, layer_moments(module, [Use(use.z[:1], use.g[:1])])[0]
+    )
     # 2 N evaluated for N samples: two positions each.
-    close(sums_of(module, [[use]]).factors().A, 2.0 * dense(module, [use])[0])
+    close(sums_of(module, [[use]]).factors().A, 2.0 * layer_moments(module, [use])[0])
 
 
 # --- the optimizer --------------------------------------------------------------------------------

@@ -299,24 +299,11 @@ class KFAC(Preconditioner):
         Returns:
             Updates.
         """
-        natural = self.naturals(layers, gradients)
-        return _clip_and_gather(layers, gradients, natural, group, report)
-
-    @staticmethod
-    def naturals(layers: list[Layer], gradients: list[Tensor]) -> list[Tensor]:
-        """B⁻¹ G A⁻¹ of each layer.
-
-        Args:
-            layers: refreshed.
-            gradients: one matrix each.
-
-        Returns:
-            One matrix each.
-        """
-        return [
+        natural = [
             layer.state["B_inv"] @ g @ layer.state["A_inv"]
             for layer, g in zip(layers, gradients, strict=True)
         ]
+        return _clip_and_gather(layers, gradients, natural, group, report)
 
 
 class EKFAC(Preconditioner):
