@@ -208,7 +208,7 @@ def test_stage_quadrature_down_in_time_and_over_segments(times: list[float]) -> 
 def test_other_solvers(solver: str) -> None:
     field, x = make("time")
     t = torch.tensor([0.0, 1.0])
-    check(recorded(node_of(field, solver=solver), x, t), fine_quadrature(field, x, t), 3e-3)
+    check(recorded(node_of(field, solver=solver), x, t), fine_quadrature(field, x, t), 5e-3)
 
 
 def test_fixed_steps() -> None:
@@ -404,7 +404,7 @@ class Bursting(TimeDependent):
         return f
 
 
-@pytest.mark.parametrize("at", [1, 2, 5, 7, 8, 13])
+@pytest.mark.parametrize("at", [1, 2, 5, 7, 8, 12])
 @pytest.mark.parametrize("adjoint", ["backsolve", "checkpoint"])
 def test_an_exception_at_any_stage_leaves_nothing_behind(adjoint: str, at: int) -> None:
     field, x = Bursting(), torch.randn(4, 3)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torchdyn_snopt.adjoint.problem import Field, Problem
 
 
+# How much longer the first step back may be than all steps there were.
+LONGER = 1.25
+
+
 class Checkpoint(NamedTuple):
     """An accepted forward step: where it started, how long it was, from which state."""
 
@@ -33,7 +37,7 @@ class Trajectory:
 
     Attributes:
         states: states at the evaluation times, ``[T, *x.shape]``.
-        dt: last step size of an adaptive solve, the first one to try on the way back.
+        dt: of an adaptive solve, the first step to try on the way back.
         checkpoints: accepted steps of each segment between evaluation times, if asked for.
     """
 
@@ -125,7 +129,7 @@ def solve_forward(problem: Problem, x0: Tensor) -> Trajectory:
             y = stepper.advance(start, t)
             start = t
         states[i + 1] = y.view(x0.shape)
-    return Trajectory(states, stepper.dt, checkpoints)
+    return Trajectory(states, _step_back(stepper), checkpoints)
 
 
 def _solve_interpolating(
@@ -149,7 +153,15 @@ def _solve_interpolating(
 
     system.on_step = emit
     states[-1] = stepper.advance(times[0], times[-1]).view(states.shape[1:])
-    return Trajectory(states, stepper.dt)
+    return Trajectory(states, _step_back(stepper))
+
+
+def _step_back(stepper: Stepper) -> float | None:
+    """The planned step, as far as it is not much longer than all that were taken.
+
+    The way back sums integrals that its error norm does not see: gradients, A and B.
+    """
+    return None if stepper.dt is None else min(stepper.dt, LONGER * stepper.longest)
 
 
 def _slope_at_end(problem: Problem, system: System, step: Step, t: float) -> Tensor:

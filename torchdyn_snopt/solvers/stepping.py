@@ -16,7 +16,7 @@ import torch
 
 from torchdyn_snopt.errors import InvalidInputError, SolverError
 from torchdyn_snopt.solvers.control import (
-    PIController,
+    StepController,
     Tolerances,
     first_step,
     first_step_guess,
@@ -121,7 +121,11 @@ class Step:
 
 
 class Stepper:
-    """Integrates one system over successive segments, carrying step size and stage buffer along."""
+    """Integrates one system over successive segments, carrying step size and stage buffer along.
+
+    Attributes:
+        longest: length of the longest step so far.
+    """
 
     def __init__(
         self,
@@ -154,8 +158,9 @@ class Stepper:
         self.k = y.new_empty(tableau.stages, y.numel())
         self._kt = self.k.t()
         self._coefficients = tableau.coefficients(y)
-        self._controller = PIController(tableau.order)
+        self._controller = StepController(tableau.order)
         self._dt = None if dt is None else abs(dt)
+        self.longest = 0.0
         self._has_first_stage = False
         self._steps = 0
 
@@ -223,7 +228,11 @@ class Stepper:
             planned = self._dt
             remaining = abs(t_end - t)
             last = planned * STRETCH >= remaining
-            dt = direction * (remaining if last else planned)
+            if not last and underflows(planned, t, t_end):
+                raise self._error("the step size underflows", t, planned, self.y)
+            # Where two steps lead to the end, two equal ones err less than a long and a short one.
+            length = remaining if last else min(planned, remaining / 2)
+            dt = direction * length
             self.system.at_end = last
             self._count_step(t, dt)
             y1 = self._try_step(t, dt)
@@ -231,9 +240,9 @@ class Stepper:
             if ratio <= 1.0:
                 self._accept(t, dt, y1)
                 t = t_end if last else t + dt
-                grown = abs(dt) * self._controller.after_accept(ratio)
+                grown = length * self._controller.after_accept(ratio, length)
                 # A step cut short by the segment's end says nothing against the planned one.
-                self._dt = max(grown, planned) if last else grown
+                self._dt = max(grown, planned) if length < planned else grown
             else:
                 self._reject(t, t_end, dt, ratio, y1)
 
@@ -269,6 +278,7 @@ class Stepper:
 
     def _accept(self, t: float, dt: float, y1: Tensor) -> None:
         self.stats.accepted += 1
+        self.longest = max(self.longest, abs(dt))
         self.system.accepted(Step(t, dt, self.y, y1, self.k, self.tableau))
         self.y = y1
         if self.tableau.fsal:
