@@ -13,6 +13,7 @@ from torchdyn.core import NeuralODE
 import torchdyn_snopt
 from tests.curvature.dense import input_patches, layer_moments, moments
 from tests.curvature.test_layers import LAYERS
+from tests.optim.problems import averages
 from torchdyn_snopt import SNOpt
 from torchdyn_snopt.curvature import layers
 from torchdyn_snopt.curvature.factors import CurvatureSpec, LayerSums, Use
@@ -271,7 +272,7 @@ def first_curvature(samples: int = 20, **settings: Any) -> tuple[Images, Tensor,
     torchdyn_snopt.MSELoss()(model(x), torch.zeros(samples, 2, 5, 4)).backward()
     optimizer.step()
     names = {"encoder": model.encoder, "field": model.field}
-    return model, x, {name: optimizer.state[m.weight]["A"] for name, m in names.items()}
+    return model, x, {name: averages(optimizer.state[m.weight])[0] for name, m in names.items()}
 
 
 @pytest.mark.usefixtures("eager")

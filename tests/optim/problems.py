@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torchdyn.core import NeuralODE
 
 from torchdyn_snopt.optim.layers import Layer
+from torchdyn_snopt.optim.trust_region import TrustRegion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,3 +113,10 @@ def flat(model: nn.Module) -> Tensor:
 def hooks(model: nn.Module) -> int:
     """Forward hooks on all modules."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def averages(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A and B of a layer, also where 'trust_region' has them as eigenvectors and eigenvalues."""
+    recalled = dict(state)
+    TrustRegion().recall(recalled)
+    return recalled["A"], recalled["B"]

@@ -237,7 +237,7 @@ def test_a_network_with_sensitivity_autograd_trains(preconditioner: str) -> None
     assert after < 0.7 * before
     treated = dict(optimizer.summary())
     assert treated["node.vf.vf.first.weight"] == preconditioner
-    assert "A" in optimizer.state[model.node.vf.vf.first.weight]
+    assert optimizer.state[model.node.vf.vf.first.weight]["ready"]
 
 
 def factors_of(optimizer: SNOpt, layer: nn.Linear) -> tuple[Tensor, Tensor]:

@@ -237,7 +237,7 @@ def test_a_module_has_encoder_and_head_preconditioned(preconditioner: str) -> No
     assert treatment(optimizer) == expected
     for name, p in model.named_parameters():
         covered = name.endswith("weight") and not name.startswith("norm")
-        assert ("A" in optimizer.state[p]) == covered, name
+        assert ("groups" in optimizer.state[p]) == covered, name
 
 
 def test_parameters_alone_have_the_fields_layers_preconditioned() -> None:

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 import torchdyn_snopt
-from tests.optim.problems import Classifier, batch, flat, layer_with, loss_of, plain, spd, train
+from tests.optim.problems import (
+    Classifier,
+    averages,
+    batch,
+    flat,
+    layer_with,
+    loss_of,
+    plain,
+    spd,
+    train,
+)
 from tests.reference import relative_error
 from torchdyn_snopt import SNOpt
 from torchdyn_snopt.optim import trust_region
@@ -86,12 +96,12 @@ def updates_for(
 
 
 def random_gradients(layers: list[Layer]) -> list[Tensor]:
-    return [torch.randn(layer.state["B"].shape[-1], layer.state["A"].shape[-1]) for layer in layers]
+    return [torch.randn(len(layer.state["U_B"]), len(layer.state["U_A"])) for layer in layers]
 
 
 def damped(layer: Layer, damping: float) -> np.ndarray:
     """The dense matrix of Martens & Grosse 2015, Section 6.3."""
-    a, b = layer.state["A"].numpy(), layer.state["B"].numpy()
+    a, b = (average.numpy() for average in averages(layer.state))
     pi = math.sqrt((np.trace(a) / len(a)) / (np.trace(b) / len(b)))
     left = b + math.sqrt(damping) / pi * np.eye(len(b))
     return np.kron(left, a + math.sqrt(damping) * pi * np.eye(len(a)))
@@ -116,8 +126,8 @@ class Dense:
     def __init__(self, layer: Layer, group: dict[str, Any]) -> None:
         self.beta1, self.beta2 = group["momentum"], group["alpha"]
         self.share = VARIANCE_SHARE * layer.state.get("fisher_scale", 1.0)
-        factors = (layer.state["B"].numpy(), layer.state["A"].numpy())
-        self.basis = np.kron(*(np.linalg.eigh(factor)[1] for factor in factors))
+        a, b = averages(layer.state)
+        self.basis = np.kron(*(np.linalg.eigh(factor.numpy())[1] for factor in (b, a)))
         self.kronecker = np.diag(self.basis.T @ damped(layer, group["damping"]) @ self.basis)
         self.seen: list[np.ndarray] = []
 
@@ -371,7 +381,7 @@ def test_moments_turn_with_the_basis() -> None:
         state = layer.state
         old = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "variance")}
         before = np.kron(state["U_B"].numpy(), state["U_A"].numpy())
-        state["A"], state["B"] = spd(len(state["A"])), spd(len(state["B"]))
+        state["A"], state["B"] = spd(len(state["U_A"])), spd(len(state["U_B"]))
         refreshed(layer, group)
         after = np.kron(state["U_B"].numpy(), state["U_A"].numpy())
         turn = after.T @ before
@@ -518,9 +528,8 @@ class Quadratic:
         self.noise, self.group = noise, group_of(**{"damping": 1e-12, **settings})
         self.layer = layer_with(self.spread(5), self.spread(4))
         refreshed(self.layer, self.group)
-        state = self.layer.state
         self.metric = damped(self.layer, self.group["damping"])
-        self.roots = [torch.linalg.cholesky(state[factor]) for factor in ("A", "B")]
+        self.roots = [torch.linalg.cholesky(average) for average in averages(self.layer.state)]
         self.apart = self.whitened(self.normal(), -1)  # one nat from the minimum, about
 
     def spread(self, size: int) -> Tensor:
@@ -541,8 +550,8 @@ class Quadratic:
         return float(0.5 * row(self.apart) @ self.metric @ row(self.apart))
 
     def step(self) -> dict[str, Any]:
-        state = self.layer.state
-        g = state["B"] @ self.apart @ state["A"]
+        a, b = averages(self.layer.state)
+        g = b @ self.apart @ a
         if self.noise:
             g = g + self.noise * self.whitened(self.normal(), 1)
         (update,), report = updates_for([self.layer], [g], self.group)

@@ -157,10 +157,7 @@ def _solve_interpolating(
 
 
 def _step_back(stepper: Stepper) -> float | None:
-    """The planned step, as far as it is not much longer than all that were taken.
-
-    The way back sums integrals that its error norm does not see: gradients, A and B.
-    """
+    # The way back sums integrals that its error norm does not see: gradients, A and B.
     return None if stepper.dt is None else min(stepper.dt, LONGER * stepper.longest)
 
 

@@ -160,12 +160,32 @@ class Use(NamedTuple):
         g: gradient of its output; None when the output has no gradient, or nobody wants it.
         module: the module that was called, where it is another one with the same weight.
         columns: for 'mc' and 'ggn', the columns at its output ``[R, *output.shape]``, or None.
+        part: whether z holds only those samples that stand for all of them in A.
     """
 
     z: Tensor
     g: Tensor | None
     module: LayerModule | None = None
     columns: Tensor | None = None
+    part: bool = False
+
+
+def thinned(module: LayerModule, use: Use, batch: int, spec: CurvatureSpec) -> Use:
+    """A use with the samples alone that A is taken from; the same one if that is all of them.
+
+    Args:
+        module: the layer.
+        use: of it.
+        batch: samples in the model's batch.
+        spec: what is collected.
+
+    Returns:
+        The use, with a view of its z.
+    """
+    if use.part or not spec.estimate or spec.weight_sharing != "expand":
+        return use
+    some = enough_samples(module, use.z, batch)
+    return use if some == batch else use._replace(z=use.z[:: batch // some][:some], part=True)
 
 
 # Entries of a convolution's gradient that become rows at once.
@@ -247,11 +267,11 @@ class LayerSums:
 
     def _inputs(self, use: Use, batch: int) -> Rows:
         module, sharing = use.module or self.module, self.spec.weight_sharing
-        few = self.spec.estimate and sharing == "expand"
-        some = enough_samples(module, use.z, batch) if few else batch
-        if some == batch:
+        use = thinned(module, use, batch, self.spec)
+        if not use.part:
             return input_rows(module, use.z, batch, sharing)
-        rows = input_rows(module, use.z[:: batch // some][:some], some, sharing)
+        some = len(use.z)
+        rows = input_rows(module, use.z, some, sharing)
         return replace(rows, samples=batch, stand_for=batch / some)
 
     def _gradients(self, uses: Sequence[Use], batch: int) -> Iterator[Tensor]:

@@ -206,4 +206,5 @@ class Products:
         sums = self._sums()
         if len(self.form.starts) == 1:
             return sums
-        return torch.triu(sums) + torch.triu(sums, 1).mT
+        sums.triu_()
+        return sums.add_(torch.triu(sums, 1).mT)

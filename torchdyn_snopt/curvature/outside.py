@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
-from torchdyn_snopt.curvature.factors import Use
+from torchdyn_snopt.curvature.factors import Use, thinned
 from torchdyn_snopt.curvature.seeds import LayerCall, Source, carrying, note_call
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
+
+    #: Layer, backward pass and batch size.
+    Key: TypeAlias = "tuple[LayerModule, int, int]"
 
 _inside = threading.local()
 
@@ -57,12 +60,10 @@ class OutsideRecorder:
         """
         self.collector, self.layers = collector, list(layers)
         self._handles: list[RemovableHandle] = []
-        # By layer, backward pass and batch size.
-        self._uses: dict[tuple[LayerModule, int, int], list[Use]] = {}
+        self._uses: dict[Key, list[Use]] = {}
+        self._newest: tuple[Key, LayerCall] | None = None
         # The same, by call: columns that reach a call on several ways are added.
-        self._columns: dict[
-            tuple[LayerModule, int, int], dict[LayerCall, dict[Source, Tensor]]
-        ] = {}
+        self._columns: dict[Key, dict[LayerCall, dict[Source, Tensor]]] = {}
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def start(self) -> None:
@@ -77,6 +78,7 @@ class OutsideRecorder:
 
     def clear(self) -> None:
         """Forget the samples."""
+        self._newest = None
         self._uses.clear()
         self._columns.clear()
 
@@ -95,11 +97,11 @@ class OutsideRecorder:
             or not output.requires_grad
         ):
             return
-        z, owner = inputs[0].detach(), weakref.ref(self)
+        call, owner = LayerCall(self, layer, inputs[0].detach()), weakref.ref(self)
 
         kind = self.collector.spec.curvature
         if kind != "empirical":
-            note_call(LayerCall(self, layer, z), output)
+            note_call(call, output)
         # What 'auto' becomes is known when the gradient arrives.
         if kind in ("mc", "ggn"):
             return
@@ -107,16 +109,30 @@ class OutsideRecorder:
         def keep(g: Tensor) -> None:
             recorder = owner()
             if recorder is not None and not (carrying() or recorder.collector.spec.seeded):
-                recorder._keep(layer, Use(z, g.detach()))
+                recorder._keep(call, g.detach())
 
         output.register_hook(keep)
 
-    def _keep(self, layer: LayerModule, use: Use) -> None:
-        samples = _samples(layer, use.z)
+    def _keep(self, call: LayerCall, g: Tensor) -> None:
+        samples = _samples(call.layer, g)
         # A graph may outlive the iteration that it was recorded in.
         if self.collector.active and samples:
-            key = (layer, torch._C._current_graph_task_id(), samples)
-            self._uses.setdefault(key, []).append(use)
+            self._thin()
+            key = (call.layer, torch._C._current_graph_task_id(), samples)
+            self._uses.setdefault(key, []).append(Use(call.z, g, part=call.part))
+            self._newest = key, call
+
+    def _thin(self) -> None:
+        """The graph is done with the newest input: of that only what is needed lives on."""
+        if self._newest is None or self._newest[0] not in self._uses:
+            return
+        key, call = self._newest
+        layer, _, samples = key
+        whole = self._uses[key][-1]
+        use = thinned(layer, whole, samples, self.collector.spec)
+        if use is not whole:
+            call.z, call.part = use.z.clone(), True
+            self._uses[key][-1] = use._replace(z=call.z)
 
     def keep_columns(self, call: LayerCall, source: Source, columns: Tensor) -> None:
         """Take columns that have been carried to the output of a call.
@@ -126,7 +142,7 @@ class OutsideRecorder:
             source: where they come from.
             columns: ``[R, *output.shape]``.
         """
-        samples = _samples(call.layer, call.z)
+        samples = _samples(call.layer, columns[0])
         if self.collector.active and samples:
             key = (call.layer, torch._C._current_graph_task_id(), samples)
             known = self._columns.setdefault(key, {}).setdefault(call, {})
@@ -134,11 +150,12 @@ class OutsideRecorder:
 
     def deliver(self) -> None:
         """Hand everything to the collector."""
-        ranks: dict[tuple[LayerModule, int, int], dict[Source, int]] = {}
+        ranks: dict[Key, dict[Source, int]] = {}
         for key, calls in self._columns.items():
             ranks[key] = {s: len(part) for parts in calls.values() for s, part in parts.items()}
             self._uses[key] = _column_uses(calls, ranks[key])
         self._columns.clear()
+        self._newest = None
         while self._uses:  # a layer's inputs and gradients end as they have been summed
             layer, task, batch = key = next(iter(self._uses))
             uses = self._uses.pop(key)
@@ -183,7 +200,7 @@ def _column_uses(
             parts[source] if source in parts else like.new_zeros(rank, *like.shape[1:])
             for source, rank in ranks.items()
         ]
-        uses.append(Use(call.z, None, columns=torch.cat(blocks)))
+        uses.append(Use(call.z, None, columns=torch.cat(blocks), part=call.part))
     return uses
 
 

@@ -19,7 +19,7 @@ from torchdyn_snopt.curvature.layers import is_supported
 from torchdyn_snopt.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -126,14 +126,20 @@ class Collector:
         pairs = [(sums.module, sums.factors()) for sums in self._sums.values()]
         return [(module, factors) for module, factors in pairs if factors is not None]
 
-    def totals(self) -> list[tuple[LayerModule, Totals]]:
-        """What was summed up since the last `clear`.
+    def drain(self) -> Iterator[tuple[LayerModule, Totals]]:
+        """What was summed up since the last `clear`, layer by layer; it is forgotten on the way.
 
-        Returns:
+        Yields:
             Each layer with its totals.
         """
-        pairs = [(sums.module, sums.totals()) for sums in self._sums.values()]
-        return [(module, totals) for module, totals in pairs if totals is not None]
+        for weight in list(self._sums):
+            sums = self._sums.pop(weight)
+            totals = sums.totals()
+            if totals is not None:
+                module = sums.module
+                del sums
+                yield module, totals
+                del totals
 
     def absorb(self, owner: Owner, sums: Sums) -> None:
         """Take over the sums of one finished backward pass.

@@ -77,7 +77,11 @@ class SolveStation:
 
 
 class LayerCall:
-    """A call of a layer outside all solves, noted at its output's node in the graph."""
+    """A call of a layer outside all solves, noted at its output's node in the graph.
+
+    Attributes:
+        part: whether z has become a part of the call's input, as in `Use`.
+    """
 
     def __init__(self, recorder: OutsideRecorder, layer: LayerModule, z: Tensor) -> None:
         """Note it.
@@ -88,6 +92,7 @@ class LayerCall:
             z: its input.
         """
         self.recorder, self.layer, self.z = weakref.ref(recorder), layer, z
+        self.part = False
 
 
 class _Stop(NamedTuple):

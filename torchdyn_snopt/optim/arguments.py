@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -189,11 +190,13 @@ def _misfit(p: Tensor, entries: dict[str, Any], params: Sequence[Tensor]) -> str
     """The first entry whose shape contradicts the parameter's."""
     if "groups" in entries:  # a layer with curvature: matrices of the weight and its bias
         split = entries["groups"]
+        rows, columns = entries.get("tile_rows", 1), entries.get("tile_columns", 1)
         bias = entries.get("bias")
         has_bias = bias is not None and bias < len(params)
         inputs = p[0].numel() + has_bias if p.dim() > 1 else -1
         outputs = p.shape[0] // split if p.dim() > 0 and split else -1
-        expected = {"A": inputs, "B": outputs}
+        widths = {"A": math.ceil(inputs / columns), "B": math.ceil(outputs / rows)}
+        expected = widths | {f"U_{factor}": width for factor, width in widths.items()}
         wrong = [k for k in expected if k in entries and entries[k].shape[-1] != expected[k]]
         return f"{wrong[0]} {list(entries[wrong[0]].shape)}" if wrong else None
     names = ("momentum_buffer", "exp_avg", "exp_avg_sq")

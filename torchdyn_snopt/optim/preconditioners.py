@@ -37,6 +37,16 @@ class Preconditioner(Protocol):
     #: What `decompose` returns: each name with the factor whose shape it has, and how many of that
     #: factor's last two dimensions: 2 for a matrix, 1 for its eigenvalues.
     PARTS: ClassVar[Mapping[str, tuple[str, int]]]
+    #: Of factors wider than this only blocks on the diagonal are used; None: of none.
+    WIDEST: ClassVar[int | None] = None
+
+    def recall(self, state: Group) -> None:
+        """Put the averages A and B back into a layer's state, if they do not stay there.
+
+        Args:
+            state: of the layer.
+        """
+        return None  # they stay
 
     def decompose(self, layer: Layer, group: Group) -> Parts:
         """The costly part of a refresh; changes nothing.
@@ -169,6 +179,24 @@ def rotated_back(states: list[Group], updates: list[Tensor]) -> list[Tensor]:
     """
     pairs = zip(states, updates, strict=True)
     return [state["U_B"] @ u @ state["U_A"].mT for state, u in pairs]
+
+
+def eigen_parts(state: Group) -> Parts:
+    """Eigenvectors and eigenvalues (ascending) of both factors.
+
+    Args:
+        state: with A and B.
+
+    Returns:
+        U_A, values_A, U_B and values_B.
+
+    Raises:
+        LinAlgError: a factor is not finite.
+    """
+    parts: Parts = {}
+    for factor in "AB":
+        parts[f"values_{factor}"], parts[f"U_{factor}"] = symmetric_eigen(state[factor])
+    return parts
 
 
 def turn_moments(state: Group, parts: Parts, squares: Sequence[str]) -> None:
@@ -330,9 +358,7 @@ class EKFAC(Preconditioner):
         Returns:
             Eigenvectors and eigenvalues of both.
         """
-        values_a, vectors_a = symmetric_eigen(layer.state["A"])
-        values_b, vectors_b = symmetric_eigen(layer.state["B"])
-        return {"U_A": vectors_a, "U_B": vectors_b, "values_A": values_a, "values_B": values_b}
+        return eigen_parts(layer.state)
 
     def install(self, layer: Layer, parts: Parts) -> None:
         """Start over in the new basis; see `Preconditioner`.

@@ -24,7 +24,7 @@ from torchdyn_snopt.optim.horizon_policy import Exchange
 from torchdyn_snopt.optim.preconditioners import guarded_refresh, install, keep_last_good
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torchdyn_snopt.optim.layers import Layer
     from torchdyn_snopt.optim.preconditioners import Parts, Preconditioner
@@ -167,7 +167,7 @@ class RankExchange(Exchange):
         return sums
 
 
-def pool(ranks: Ranks, collected: list[Collected], group: Group) -> list[Collected]:
+def pool(ranks: Ranks, collected: Iterable[Collected], group: Group) -> Iterable[Collected]:
     """The curvature of the whole batch from that of the ranks' parts.
 
     Args:
@@ -176,7 +176,8 @@ def pool(ranks: Ranks, collected: list[Collected], group: Group) -> list[Collect
         group: the parameter group it belongs to.
 
     Returns:
-        The same on all ranks; layers that no rank has seen are left out.
+        The same on all ranks; layers that no rank has seen are left out. With one rank what was
+        given, which may come as it is asked for.
     """
     if ranks.size == 1:
         return collected
@@ -239,7 +240,7 @@ def _unflatten(part: Tensor, like: Totals, ranks: int) -> Totals:
 
 
 def refresh(
-    ranks: Ranks, preconditioner: Preconditioner, layers: list[Layer], group: Group
+    ranks: Ranks, preconditioner: Preconditioner, layers: Iterable[Layer], group: Group
 ) -> None:
     """Refresh layers that have new factors; with several ranks each does its share.
 
@@ -253,6 +254,7 @@ def refresh(
         for layer in layers:
             guarded_refresh(preconditioner, layer, group)
         return
+    layers = list(layers)
     if not layers:
         return
     owners = share_out([_cost(layer) for layer in layers], ranks.size)

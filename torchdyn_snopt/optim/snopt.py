@@ -29,7 +29,7 @@ from torchdyn_snopt.optim.arguments import (
     hookable_modules,
 )
 from torchdyn_snopt.optim.horizon_policy import HorizonMover, HorizonPolicy, horizons_among
-from torchdyn_snopt.optim.layers import Layer
+from torchdyn_snopt.optim.layers import Layer, tiles_for
 from torchdyn_snopt.optim.low_rank import (
     SQUARED,
     TRIALS,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from torchdyn_snopt.curvature.layers import LayerModule
-    from torchdyn_snopt.optim.preconditioners import Report
+    from torchdyn_snopt.optim.preconditioners import Preconditioner, Report
 
 Group = dict[str, Any]
 Closure = Callable[[], float]
@@ -485,25 +485,39 @@ class SNOpt(Optimizer):
 
     def _refresh(self, group: Group, collector: Collector) -> None:
         position = {id(p): i for i, p in enumerate(group["params"])}
-        collected = [
+        preconditioner = TABLE[group["preconditioner"]]
+        # One layer after the other: what has been summed of it ends before the next one's turn.
+        collected = (
             Collected(
                 position[id(module.weight)],
                 position[id(module.bias)] if collector.takes_bias(module) else None,
                 getattr(module, "groups", 1),
                 self._unscaled(totals, group),
             )
-            for module, totals in collector.totals()
-        ]
-        layers = []
-        for one in pool(self._ranks, collected, group):
-            weight = group["params"][one.weight]
-            state = self.state[weight]
-            if not state.get("ready", False) or state["bias"] != one.bias:
-                self._adopt(group, one)
-            layer = self._layer(group, weight)
-            layer.absorb(one.totals.factors(collector.spec), group["factor_decay"])
-            layers.append(layer)
-        refresh(self._ranks, TABLE[group["preconditioner"]], layers, group)
+            for module, totals in collector.drain()
+        )
+        layers = (
+            self._averaged(group, one, preconditioner, collector.spec)
+            for one in pool(self._ranks, collected, group)
+        )
+        refresh(self._ranks, preconditioner, layers, group)
+
+    def _averaged(
+        self, group: Group, one: Collected, preconditioner: Preconditioner, spec: CurvatureSpec
+    ) -> Layer:
+        """A layer with new A and B."""
+        weight = group["params"][one.weight]
+        state = self.state[weight]
+        if not state.get("ready", False) or state["bias"] != one.bias:
+            self._adopt(group, one)
+            if one.groups == 1:
+                sizes = one.totals.b.shape[-1], one.totals.a.shape[-1]
+                rows, columns = tiles_for(*sizes, preconditioner.WIDEST)
+                state["tile_rows"], state["tile_columns"] = rows, columns
+        preconditioner.recall(state)
+        layer = self._layer(group, weight)
+        layer.absorb(one.totals.factors(spec), group["factor_decay"])
+        return layer
 
     def _adopt(self, group: Group, one: Collected) -> None:
         """Start afresh, from the fallback or with(out) the bias: moments change their shape."""

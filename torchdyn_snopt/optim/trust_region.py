@@ -43,13 +43,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from torchdyn_snopt.optim.eigenbasis import symmetric_eigen
 from torchdyn_snopt.optim.moments import absorb, corrections, deviations
 from torchdyn_snopt.optim.preconditioners import (
     Parts,
     Preconditioner,
     Report,
     damping_shares,
+    eigen_parts,
     rotated,
     rotated_back,
     turn_moments,
@@ -112,7 +112,23 @@ class TrustRegion(Preconditioner):
         "U_B": ("B", 2),
         "damped_A": ("A", 1),
         "damped_B": ("B", 1),
+        "share_A": ("A", 0),
+        "share_B": ("B", 0),
     }
+    WIDEST = 520
+
+    def recall(self, state: Group) -> None:
+        """A from its eigenvectors and eigenvalues, and B likewise; see `Preconditioner`.
+
+        Args:
+            state: of the layer.
+        """
+        if "factor_weight" not in state or "A" in state:
+            return  # nothing has been averaged, or the last refresh has failed
+        for factor in "AB":
+            vectors, share = state[f"U_{factor}"], state[f"share_{factor}"].unsqueeze(-1)
+            values = (state[f"damped_{factor}"] - share).unsqueeze(-2)
+            state[factor] = (vectors * values) @ vectors.mT
 
     def decompose(self, layer: Layer, group: Group) -> Parts:
         """Decompose the factors; see `Preconditioner`.
@@ -122,28 +138,32 @@ class TrustRegion(Preconditioner):
             group: damping λ (weight decay γ is added to it).
 
         Returns:
-            Eigenvectors and damped eigenvalues of both.
+            Eigenvectors and damped eigenvalues of both, and what is damping of these.
 
         Raises:
             LinAlgError: a factor is not finite.
         """
-        state = layer.state
-        shares = damping_shares(state["A"], state["B"], group)
-        parts: Parts = {}
-        for factor, share in zip("AB", shares, strict=True):
-            values, vectors = symmetric_eigen(state[factor])
-            parts |= {f"U_{factor}": vectors, f"damped_{factor}": values + share.squeeze(-1)}
+        parts, a, b = eigen_parts(layer.state), layer.state["A"], layer.state["B"]
+        if layer.tiles != (1, 1):  # π is one for all of them
+            a, b = (blocks.flatten(0, -3).mean(0) for blocks in (a, b))
+        for factor, share in zip("AB", damping_shares(a, b, group), strict=True):
+            values = parts.pop(f"values_{factor}")
+            parts[f"damped_{factor}"] = values + share.squeeze(-1)
+            parts[f"share_{factor}"] = share[..., 0, 0].expand(values.shape[:-1]).contiguous()
         return parts
 
     def install(self, layer: Layer, parts: Parts) -> None:
-        """Rotate the moments along with the basis; see `Preconditioner`.
+        """Rotate the moments along with the basis, and let go of A and B; see `Preconditioner`.
 
         Args:
             layer: they belong to.
-            parts: eigenvectors and damped eigenvalues.
+            parts: what `decompose` returned.
         """
-        turn_moments(layer.state, parts, squares=("exp_avg_sq", "variance"))
-        layer.state.update(parts)
+        state = layer.state
+        turn_moments(state, parts, squares=("exp_avg_sq", "variance"))
+        state.update(parts)
+        for factor in "AB":
+            del state[factor]
 
     def updates(
         self, layers: list[Layer], gradients: list[Tensor], group: Group, report: Report

@@ -156,5 +156,6 @@ def first_step(h0: float, d1: float, d2: float, order: int) -> float:
         A positive step.
     """
     steepest = max(d1, d2)
-    h1 = max(1e-6, h0 * 1e-3) if steepest <= 1e-15 else (FIRST_STEP / steepest) ** (1.0 / (order + 1))
+    power = 1.0 / (order + 1)
+    h1 = max(1e-6, h0 * 1e-3) if steepest <= 1e-15 else (FIRST_STEP / steepest) ** power
     return min(100.0 * h0, h1)
