@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchdyn.core import NeuralODE
 
 import torchdyn_snopt
@@ -294,6 +295,53 @@ def test_the_others_never_do(preconditioner: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(layers, "CHEAP", 0.0)
     _, _, found = first_curvature(**settings)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def stack_and_loss(loss: nn.Module) -> tuple[nn.Module, Any]:
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 3)
+    )
+    x = torch.randn(20, 1, 12, 12)
+    return model, lambda: loss(model(x), torch.zeros(20, 2, 6, 6))
+
+
+@pytest.mark.usefixtures("eager")
+def test_inputs_are_let_go_of_as_the_graph_does() -> None:
+    """But for the last one that was kept, behind which no layer has come yet."""
+    model, loss_of = stack_and_loss(nn.MSELoss())
+    inputs: dict[nn.Module, StorageWeakRef] = {}
+    for layer in (model[2], model[4]):
+        layer.register_forward_pre_hook(
+            lambda layer, args: inputs.update({layer: StorageWeakRef(args[0].untyped_storage())})
+        )
+    optimizer = SNOpt(model)
+    loss = loss_of()
+    assert not any(z.expired() for z in inputs.values())
+    loss.backward()
+    assert loss.grad_fn is not None  # and with it the hooks that were left in the graph
+    assert all(z.expired() for z in inputs.values())
+    optimizer.step()
+    whole = SNOpt(model, preconditioner="kfac", weight_sharing="expand")
+    loss = loss_of()
+    loss.backward()
+    assert not any(z.expired() for z in inputs.values())
+    whole.step()
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_second_pass_through_the_graph_adds_the_same_part_again() -> None:
+    found = []
+    for passes in (1, 2):
+        model, loss_of = stack_and_loss(nn.MSELoss())
+        optimizer = SNOpt(model)
+        loss = loss_of()
+        for number in range(passes):
+            loss.backward(retain_graph=number + 1 < passes)
+        optimizer.step()
+        found.append([averages(optimizer.state[layer.weight])[0] for layer in model[::2]])
+    for once, twice in zip(*found, strict=True):
+        close(twice, once)
 
 
 def test_what_the_collectors_are_asked_for() -> None:

@@ -8,7 +8,7 @@ same numbers as carrying them in the state, at a fraction of the cost and memory
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,16 +132,14 @@ class AdjointSystem(System):
         x = y[:n].view(shape).detach().requires_grad_()
         a = y[n : 2 * n].view(shape)
         thetas = field.parameters if parameters else ()
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if curvature else self.tape.stopped():
             f = field(t, x)
             outputs, seeds = [f], [a]
             if field.running_cost is not None:
                 cost = field.cost(t, x)
                 outputs.append(cost)
                 seeds.append(torch.ones_like(cost))
-        records = self.tape.take() if curvature else []
-        if not curvature:
-            self.tape.records.clear()
+        records = self.tape.take()
         inputs: list[Tensor | GradientEdge] = [x, *thetas, *(record.edge for record in records)]
         gradients = vector_jacobian(outputs, inputs, seeds, retain_graph=self.rank > 0)
         columns: Sequence[Tensor | None] = ()

@@ -32,7 +32,9 @@ Robbins and Monro do, and c₀ with it, so that both come to rest.
 The curvature is refreshed when it has become old by that same measure: in each of the first `EARLY`
 steps, then once the natural steps since the last refresh add up to `STALE`, at the latest after
 ``update_freq`` steps. It is an estimate (`CurvatureSpec.estimate`): integrals over time are taken
-at the ends of the solver's steps, A of a large convolution from a part of the batch.
+at the ends of the solver's steps, A of a large convolution from a part of the batch, and of a very
+wide factor only blocks on the diagonal. Between refreshes A and B are kept as their eigenvectors
+and eigenvalues, which are there anyway, and no second time as matrices.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ FLOOR = 1e-4
 VARIANCE_SHARE = 0.25
 # The curvature is refreshed in each of the first steps, and then when the squared lengths of the
 # steps since the last refresh add up to this.
-EARLY, STALE = 10, 2e-2
+EARLY, STALE = 5, 2e-2
 TINY = 1e-30
 
 
@@ -115,6 +117,7 @@ class TrustRegion(Preconditioner):
         "share_A": ("A", 0),
         "share_B": ("B", 0),
     }
+    # Eigenvectors of a factor as wide as this take 1 MB, its decomposition some 20 ms.
     WIDEST = 520
 
     def recall(self, state: Group) -> None:
