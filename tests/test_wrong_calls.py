@@ -171,11 +171,11 @@ OPTIMIZER: dict[str, Case] = {
     ),
     "the state of wider layers": (
         lambda: SNOpt(linear()).load_state_dict(trained_state(nn.Linear(3, 4))),
-        InvalidInputError, "parameter 0 with B [4, 4]", "build the model as it was",
+        InvalidInputError, "parameter 0 with U_B [4, 4]", "build the model as it was",
     ),
     "the state of deeper layers": (
         lambda: SNOpt(linear()).load_state_dict(trained_state(nn.Linear(5, 3))),
-        InvalidInputError, "parameter 0 with A [6, 6]", "build the model as it was",
+        InvalidInputError, "parameter 0 with U_A [6, 6]", "build the model as it was",
     ),
 }  # fmt: skip
 HORIZON: dict[str, Case] = {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _WHOLE_UP_TO = 256
 _BLOCK = 128
 # Small matrices of rows wait until together they make one product of about this many entries.
-_GATHER = 1 << 15
+_GATHER = 1 << 14
 
 
 class Moment:
@@ -99,7 +99,10 @@ class Form(NamedTuple):
 
 
 class Products:
-    """Σ w rowsᵀ rows, in a matrix and in rows that still wait for their product."""
+    """Σ w rowsᵀ rows, in a matrix and in rows that still wait for their product.
+
+    Of the appended 1 the matrix has the last column only, and `symmetric` the rest.
+    """
 
     def __init__(self, form: Form) -> None:
         """Start empty.
@@ -109,6 +112,7 @@ class Products:
         """
         self.form = form
         self._matrix: Tensor | None = None
+        self._count = 0.0  # Σ w, over rows
         self._waiting: list[tuple[Tensor, float]] = []
 
     def add(self, rows: Tensor, weight: float) -> None:
@@ -144,6 +148,7 @@ class Products:
             self._matrix.add_(other._matrix, alpha=scale)
         elif other._matrix is not None:
             self._matrix = other._matrix.mul_(scale)
+        self._count += scale * other._count
         waiting = [(rows, scale * weight) for rows, weight in other._waiting]
         other.clear()
         if waiting:
@@ -151,7 +156,7 @@ class Products:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._matrix, self._waiting = None, []
+        self._matrix, self._count, self._waiting = None, 0.0, []
 
     def _sums(self) -> Tensor:
         if self._matrix is None:
@@ -174,10 +179,8 @@ class Products:
         else:
             target.baddbmm_(left, rows)
         if self.form.one:
-            ones = rows.mT @ weights
-            sums[..., :d, d].add_(ones)
-            sums[..., d, :d].add_(ones)
-            sums[..., d, d] += count * math.fsum(numbers)
+            sums[..., :d, d].add_(rows.mT @ weights)
+            self._count += count * math.fsum(numbers)
 
     def _multiply(self, rows: Tensor, weight: float) -> None:
         batched, d, sums = rows.dim() == 3, self.form.width, self._sums()
@@ -190,11 +193,8 @@ class Products:
             else:
                 target.addmm_(left, right, alpha=weight)
         if self.form.one:
-            # Above the diagonal only, as the blocks; `symmetric` mirrors it.
             sums[..., :d, d].add_(rows.sum(-2), alpha=weight)
-            sums[..., d, d] += weight * rows.shape[-2]
-            if len(starts) == 1:
-                sums[..., d, :d].add_(rows.sum(-2), alpha=weight)
+            self._count += weight * rows.shape[-2]
 
     def symmetric(self) -> Tensor:
         """The whole matrix.
@@ -203,7 +203,10 @@ class Products:
             ``[..., d, d]``.
         """
         self.flush()
-        sums = self._sums()
+        sums, d = self._sums(), self.form.width
+        if self.form.one:
+            sums[..., d, d] = self._count
+            sums[..., d, :d] = sums[..., :d, d]
         if len(self.form.starts) == 1:
             return sums
         sums.triu_()

@@ -74,7 +74,7 @@ FLOOR = 1e-4
 VARIANCE_SHARE = 0.25
 # The curvature is refreshed in each of the first steps, and then when the squared lengths of the
 # steps since the last refresh add up to this.
-EARLY, STALE = 5, 2e-2
+EARLY, STALE = 10, 2e-2
 TINY = 1e-30
 
 

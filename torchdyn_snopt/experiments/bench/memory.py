@@ -31,7 +31,7 @@ MEGABYTE = 1e6
 
 # glibc keeps freed blocks for later; these settings make it return them, so that the peak of the
 # resident memory follows what is alive. Other allocators ignore them.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 HEAD = ["sensitivity", "NFE at 1e-3", "NFE at 1e-8", "MB at 1e-3", "MB at 1e-8", "growth"]
 NOTE = (
