@@ -6,6 +6,7 @@ is off unless asked for: the comparison is of steps, not of regularization.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,8 @@ def _shampoo_state() -> list[Any]:
     from pytorch_optimizer.optimizer.utils.partition import BlockPartitioner, PreConditionerType
     from pytorch_optimizer.optimizer.utils.preconditioner import PreConditioner
 
+    # Python 3.11.0 to 3.11.3 write members of enums by getattr, which checkpoints must not call.
+    copyreg.pickle(PreConditionerType, lambda member: (PreConditionerType, (member.value,)))
     return [BlockPartitioner, PreConditioner, PreConditionerType, RMSPropGraft]
 
 
