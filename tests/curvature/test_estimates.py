@@ -17,8 +17,6 @@ from torchdyn_snopt.curvature.recording import PassSums
 from torchdyn_snopt.curvature.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -63,7 +61,7 @@ def collected(
 
 
 @pytest.fixture
-def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def added(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The weights of all evaluations that were summed."""
     weights: list[float] = []
     original = PassSums.add
@@ -76,19 +74,33 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     return weights
 
 
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Of the steps whose two ends were summed."""
+    found: list[float] = []
+    original = PassSums.accept_ends
+
+    def accept(self: PassSums, dt: float) -> None:
+        found.append(dt)
+        original(self, dt)
+
+    monkeypatch.setattr(PassSums, "accept_ends", accept)
+    return found
+
+
 ESTIMATE, WHOLE = CurvatureSpec(estimate=True), CurvatureSpec()
 
 
 @pytest.mark.parametrize("times", [2, 3])
 def test_one_evaluation_a_step_and_one_a_segment_with_weights_that_add_up_to_the_horizon(
-    times: int, added: list[float]
+    times: int, added: list[float], lengths: list[float]
 ) -> None:
     _, node, gradient = collected(ESTIMATE, times=times)
     stats = solve_stats(node)
     assert stats.backward.accepted > 2 * times
-    assert len(added) == stats.backward.accepted + times - 1
+    assert added == [1.0] * (stats.backward.accepted + times - 1)
     start = TIMES[-times] if times == 2 else TIMES[0]
-    assert sum(added) == pytest.approx(LAST - start, rel=1e-12)
+    assert sum(lengths) == pytest.approx(LAST - start, rel=1e-12)
     added.clear()
     _, other, same = collected(WHOLE, times=times)
     assert len(added) > 4 * stats.backward.accepted

@@ -128,3 +128,30 @@ def test_columns_count_once_accepted() -> None:
             expected += (scale or 0.0) * weight * columns
         sums.reject() if scale is None else sums.accept(scale)
     torch.testing.assert_close(sums.totals[0], expected)
+
+
+# --- the trapezoidal rule -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("size", [(30, 4), (200, 300)])
+def test_ends_of_steps_count_with_half_of_the_steps_beside_them(
+    size: tuple[int, int], one: bool
+) -> None:
+    """Two segments, with a rejected step, whose end counts nowhere."""
+    lengths, total = [[0.3, 0.5], [0.2]], torch.zeros(size[1] + one, size[1] + one)
+    moment = Moment(torch.zeros(size), one=one)
+    for segment in lengths:
+        ends = [torch.randn(size) for _ in range(len(segment) + 1)]
+        moment.add(ends[0], 1.0)
+        moment.begin()
+        for dt, first, second in zip(segment, ends, ends[1:], strict=False):
+            moment.add(torch.randn(size), 1.0)
+            moment.reject()
+            moment.add(second, 1.0)
+            moment.accept_ends(0.5 * dt)
+            for end in (first, second):
+                rows = torch.cat([end, torch.ones(len(end), 1)], 1) if one else end
+                total += 0.5 * dt * rows.T @ rows
+    moment.close()
+    torch.testing.assert_close(moment.full(), total, rtol=1e-10, atol=1e-10)

@@ -81,7 +81,6 @@ class AdjointSystem(System):
         self.collects_ends = bool(sums.wanted) and on_ends
         self.collects_stages = bool(sums.wanted) and not (on_grid or on_ends)
         self.collects_grid = bool(sums.wanted) and on_grid
-        self._before = 0.0  # length of the step that ended where this one starts
         self.total = WeightedSum()
         self.grid: list[float] = []
         self.grid_dt = 0.0
@@ -113,7 +112,12 @@ class AdjointSystem(System):
         on_ends = self.collects_ends and (stage == 0 or last)
         curvature = on_ends or (wanted and self.collects_stages)
         gradients, uses = self._vjp(t, y, out, wanted, curvature)
+        if on_ends:
+            self.sums.add(uses, 1.0)  # and let go of: a sum is smaller than what it is made of
+            uses = {}
         if stage == 0:
+            if on_ends:
+                self.sums.begin()
             self._first = (gradients, uses)
         elif weighted:
             self._step_sum.add(gradients, self.b[stage])
@@ -183,7 +187,7 @@ class AdjointSystem(System):
                 self.sums.add(self._first[1], self.b[0])
             self.sums.accept(abs(step.dt))
         if self.collects_ends:
-            self._collect_at_ends(abs(step.dt))
+            self.sums.accept_ends(abs(step.dt))
         if self.collects_grid:
             self._collect_on_grid(step)
         if self.fsal:
@@ -197,20 +201,11 @@ class AdjointSystem(System):
             t: where the segment starts.
             t_end: where it ends.
         """
-        self._before = 0.0
         if self.collects_grid:
             length = abs(t_end - t)
             points = max(1, math.ceil(length / self.problem.sensitivity.grid_step - 1e-9))
             self.grid_dt = length / points
             self.grid = [t + (t_end - t) * (i / points) for i in range(1, points + 1)]
-
-    def _collect_at_ends(self, dt: float) -> None:
-        """The trapezoidal rule; the end of a step is the start of the next one."""
-        self.sums.add(self._first[1], 0.5 * (self._before + dt))
-        if self.at_end:
-            self.sums.add(self._last[1], 0.5 * dt)
-        self.sums.accept()
-        self._before = dt
 
     def _collect_on_grid(self, step: Step) -> None:
         end = step.t + step.dt

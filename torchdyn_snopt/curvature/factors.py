@@ -208,6 +208,7 @@ class LayerSums:
         self._b: Moment | None = None
         self._rows = self._row_samples = 0.0  # integrals over time, for the mean over positions
         self._step_rows = self._step_samples = 0.0  # the same of a step not yet accepted
+        self._end_rows = self._end_samples = 0.0  # and of its first end
         self._samples = self._batch = self._sample_time = 0.0  # totals over finished passes
 
     def add(
@@ -254,6 +255,26 @@ class LayerSums:
             moment.accept(scale)
         self._rows += scale * self._step_rows
         self._row_samples += scale * self._step_samples
+        self._step_rows = self._step_samples = 0.0
+
+    def begin(self) -> None:
+        """What was added since the last call is the first end of the next step."""
+        for moment in self._moments():
+            moment.begin()
+        self._end_rows, self._end_samples = self._step_rows, self._step_samples
+        self._step_rows = self._step_samples = 0.0
+
+    def accept_ends(self, scale: float) -> None:
+        """Keep what was added as the second end of a step, and again its first one.
+
+        Args:
+            scale: of their weights, half of the step's length.
+        """
+        for moment in self._moments():
+            moment.accept_ends(scale)
+        self._rows += scale * (self._end_rows + self._step_rows)
+        self._row_samples += scale * (self._end_samples + self._step_samples)
+        self._end_rows, self._end_samples = self._step_rows, self._step_samples
         self._step_rows = self._step_samples = 0.0
 
     def reject(self) -> None:
@@ -308,6 +329,8 @@ class LayerSums:
             horizon: t1 − t0 of the pass; 1 outside an ODE.
             factor: never given here: samples are no longer apart.
         """
+        for moment in self._moments():
+            moment.close()
         self._samples += samples
         self._batch += batch
         self._sample_time += samples * abs(horizon)

@@ -33,7 +33,7 @@ class Moment:
         """
         batch, width = rows.shape[:-2], rows.shape[-1]
         form = Form((*batch, width + one, width + one), width, rows.new_empty(0))
-        self._total, self._step = Products(form), Products(form)
+        self._total, self._step, self._end = Products(form), Products(form), Products(form)
 
     def add(self, rows: Tensor, weight: float) -> None:
         """Add weight · rowsᵀ rows, for the time being.
@@ -55,6 +55,26 @@ class Moment:
     def reject(self) -> None:
         """Forget what was added since the last `accept`."""
         self._step.clear()
+
+    def begin(self) -> None:
+        """What was added since the last call is the first end of the next step."""
+        self._step.flush()
+        self._end, self._step = self._step, Products(self._step.form)
+
+    def accept_ends(self, scale: float) -> None:
+        """Keep what was added as the second end of a step, and again its first one.
+
+        Args:
+            scale: of their weights, half of the step's length.
+        """
+        self._step.flush()
+        for end in (self._end, self._step):
+            self._total.plus(end, scale)
+        self.begin()
+
+    def close(self) -> None:
+        """There is no next step."""
+        self._end.clear()
 
     def merge(self, other: Moment) -> None:
         """Add another sum of the same shape.
@@ -153,6 +173,17 @@ class Products:
         other.clear()
         if waiting:
             self._wait(waiting)
+
+    def plus(self, other: Products, scale: float) -> None:
+        """Add scale times other products, none of which wait.
+
+        Args:
+            other: of the same form.
+            scale: of their weights.
+        """
+        if other._matrix is not None:
+            self._sums().add_(other._matrix, alpha=scale)
+            self._count += scale * other._count
 
     def clear(self) -> None:
         """Forget everything."""

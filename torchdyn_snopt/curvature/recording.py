@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from torchdyn_snopt.curvature.factors import LayerSums
     from torchdyn_snopt.curvature.layers import LayerModule
     from torchdyn_snopt.curvature.registry import Collector
     from torchdyn_snopt.curvature.seeds import Source
@@ -202,6 +203,23 @@ class PassSums:
         """
         for sums in self._sums.values():
             sums.accept(scale)
+
+    def begin(self) -> None:
+        """What was added since the last call is the first end of the next step."""
+        for sums in self._estimates():
+            sums.begin()
+
+    def accept_ends(self, dt: float) -> None:
+        """The trapezoidal rule over a step; its end is the first one of the next.
+
+        Args:
+            dt: its length; what was added is taken to have the weight 1.
+        """
+        for sums in self._estimates():
+            sums.accept_ends(0.5 * dt)
+
+    def _estimates(self) -> list[LayerSums]:
+        return [cast("LayerSums", sums) for sums in self._sums.values()]  # nobody else estimates
 
     def reject(self) -> None:
         """Forget what was added since the last `accept`."""

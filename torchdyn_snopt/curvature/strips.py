@@ -91,6 +91,7 @@ class StripMoment:
         shapes = [square] * len(self._pieces) + [(*rows.shape[:-2], self.width), (1,)] * one
         self._total = [rows.new_zeros(shape) for shape in shapes]
         self._step: list[Tensor] = []
+        self._end: list[Tensor] = []
 
     def add(self, rows: Tensor, weight: float) -> None:
         """Add weight · patchesᵀ patches, for the time being.
@@ -126,6 +127,24 @@ class StripMoment:
     def reject(self) -> None:
         """Forget what was added since the last `accept`."""
         self._step = []
+
+    def begin(self) -> None:
+        """What was added since the last call is the first end of the next step."""
+        self._end, self._step = self._step, []
+
+    def accept_ends(self, scale: float) -> None:
+        """Keep what was added as the second end of a step, and again its first one.
+
+        Args:
+            scale: of their weights, half of the step's length.
+        """
+        for end in filter(None, (self._end, self._step)):
+            torch._foreach_add_(self._total, end, alpha=scale)
+        self.begin()
+
+    def close(self) -> None:
+        """There is no next step."""
+        self._end = []
 
     def merge(self, other: StripMoment) -> None:
         """Add another sum of the same geometry.
