@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from torchdyn_snopt.adjoint.problem import Field, Problem
 
 
-# How much longer the first step back may be than all steps there were.
-LONGER = 1.25
+# The scaled error up to which the first step back may be longer than all steps there were.
+SMALL_ERROR = 1e-2
 
 
 class Checkpoint(NamedTuple):
@@ -158,7 +159,10 @@ def _solve_interpolating(
 
 def _step_back(stepper: Stepper) -> float | None:
     # The way back sums integrals that its error norm does not see: gradients, A and B.
-    return None if stepper.dt is None else min(stepper.dt, LONGER * stepper.longest)
+    if stepper.dt is None:
+        return None
+    growth = math.pow(SMALL_ERROR / max(stepper.longest_error, 1e-10), 1.0 / stepper.tableau.order)
+    return min(stepper.dt, max(growth, 1.0) * stepper.longest)
 
 
 def _slope_at_end(problem: Problem, system: System, step: Step, t: float) -> Tensor:

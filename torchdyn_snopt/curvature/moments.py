@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _WHOLE_UP_TO = 256
 _BLOCK = 128
 # Small matrices of rows wait until together they make one product of about this many entries.
-_GATHER = 1 << 14
+_GATHER = 1 << 18
 
 
 class Moment:

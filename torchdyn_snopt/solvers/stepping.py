@@ -124,7 +124,8 @@ class Stepper:
     """Integrates one system over successive segments, carrying step size and stage buffer along.
 
     Attributes:
-        longest: length of the longest step so far.
+        longest: length of the longest adaptive step so far.
+        longest_error: its scaled error.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Stepper:
         self._coefficients = tableau.coefficients(y)
         self._controller = StepController(tableau.order)
         self._dt = None if dt is None else abs(dt)
-        self.longest = 0.0
+        self.longest = self.longest_error = 0.0
         self._has_first_stage = False
         self._steps = 0
 
@@ -239,6 +240,8 @@ class Stepper:
             ratio = self._error_ratio(y1, dt)
             if ratio <= 1.0:
                 self._accept(t, dt, y1)
+                if length >= self.longest:
+                    self.longest, self.longest_error = length, ratio
                 t = t_end if last else t + dt
                 grown = length * self._controller.after_accept(ratio, length)
                 # A step cut short by the segment's end says nothing against the planned one.
@@ -278,7 +281,6 @@ class Stepper:
 
     def _accept(self, t: float, dt: float, y1: Tensor) -> None:
         self.stats.accepted += 1
-        self.longest = max(self.longest, abs(dt))
         self.system.accepted(Step(t, dt, self.y, y1, self.k, self.tableau))
         self.y = y1
         if self.tableau.fsal:
