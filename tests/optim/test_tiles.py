@@ -47,10 +47,6 @@ def test_the_number_of_tiles_follows_from_the_widest_factor_allowed() -> None:
     assert tiles_for(1921, 64, 640) == (4, 1)
 
 
-def block_diagonal(*blocks: Tensor) -> Tensor:
-    return torch.block_diag(*blocks)
-
-
 def trained(layer: Layer, factors: list[Factors], gradients: list[Tensor], **group: Any) -> Tensor:
     """The last update, with a refresh before each step."""
     settings: dict[str, Any] = {
@@ -73,7 +69,8 @@ def trained(layer: Layer, factors: list[Factors], gradients: list[Tensor], **gro
 def test_tiles_of_block_diagonal_factors_are_the_whole(kl_clip: float | None) -> None:
     """Blocks know all of factors without anything beside them; averages, damping and turns too."""
     factors = [
-        Factors(block_diagonal(spd(4), spd(4)), block_diagonal(spd(3), spd(3))) for _ in range(3)
+        Factors(torch.block_diag(spd(4), spd(4)), torch.block_diag(spd(3), spd(3)))
+        for _ in range(3)
     ]
     gradients = [torch.randn(6, 8) for _ in factors]
     found = []
@@ -95,8 +92,8 @@ def test_uneven_tiles_are_those_of_a_matrix_with_zeros_beside_it() -> None:
     )
     padded = Layer("", nn.Parameter(torch.zeros(4, 6)), None, 1, {})
     zeros = torch.zeros(1, 1)
-    short = [Factors(block_diagonal(*pair), b) for pair in blocks]
-    long = [Factors(block_diagonal(*pair, zeros), b) for pair in blocks]
+    short = [Factors(torch.block_diag(*pair), b) for pair in blocks]
+    long = [Factors(torch.block_diag(*pair, zeros), b) for pair in blocks]
     wide = [torch.cat([g, torch.zeros(4, 1)], 1) for g in gradients]
     one = trained(narrow, short, gradients, kl_clip=None)
     other = trained(padded, long, wide, kl_clip=None)

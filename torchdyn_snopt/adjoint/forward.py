@@ -10,7 +10,7 @@ import torch
 
 from torchdyn_snopt.adjoint.problem import segment_times
 from torchdyn_snopt.errors import InvalidInputError, SolverError
-from torchdyn_snopt.solvers import PROBE, Step, Stepper, System, interpolate
+from torchdyn_snopt.solvers import NO_ERROR, PROBE, Step, Stepper, System, interpolate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # The scaled error up to which the first step back may be longer than all steps there were.
-SMALL_ERROR = 1e-2
+LONGER_BELOW = 1e-2
 
 
 class Checkpoint(NamedTuple):
@@ -161,7 +161,9 @@ def _step_back(stepper: Stepper) -> float | None:
     # The way back sums integrals that its error norm does not see: gradients, A and B.
     if stepper.dt is None:
         return None
-    growth = math.pow(SMALL_ERROR / max(stepper.longest_error, 1e-10), 1.0 / stepper.tableau.order)
+    growth = math.pow(
+        LONGER_BELOW / max(stepper.longest_error, NO_ERROR), 1.0 / stepper.tableau.order
+    )
     return min(stepper.dt, max(growth, 1.0) * stepper.longest)
 
 

@@ -261,8 +261,7 @@ class LayerSums:
         """What was added since the last call is the first end of the next step."""
         for moment in self._moments():
             moment.begin()
-        self._end_rows, self._end_samples = self._step_rows, self._step_samples
-        self._step_rows = self._step_samples = 0.0
+        self._shift_ends()
 
     def accept_ends(self, scale: float) -> None:
         """Keep what was added as the second end of a step, and again its first one.
@@ -274,6 +273,9 @@ class LayerSums:
             moment.accept_ends(scale)
         self._rows += scale * (self._end_rows + self._step_rows)
         self._row_samples += scale * (self._end_samples + self._step_samples)
+        self._shift_ends()
+
+    def _shift_ends(self) -> None:
         self._end_rows, self._end_samples = self._step_rows, self._step_samples
         self._step_rows = self._step_samples = 0.0
 

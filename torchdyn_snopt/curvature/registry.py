@@ -137,7 +137,7 @@ class Collector:
             totals = sums.totals()
             if totals is not None:
                 module = sums.module
-                del sums
+                del sums  # so that one layer's factors live at a time
                 yield module, totals
                 del totals
 

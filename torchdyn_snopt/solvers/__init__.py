@@ -3,7 +3,7 @@
 This room knows nothing of gradients, layers or torchdyn.
 """
 
-from torchdyn_snopt.solvers.control import DEFAULT_MAX_STEPS, Tolerances
+from torchdyn_snopt.solvers.control import DEFAULT_MAX_STEPS, NO_ERROR, Tolerances
 from torchdyn_snopt.solvers.dense import interpolate
 from torchdyn_snopt.solvers.stats import PhaseStats, SolveStats
 from torchdyn_snopt.solvers.stepping import PROBE, Step, Stepper, System, check_segments
@@ -19,6 +19,7 @@ from torchdyn_snopt.solvers.tableaus import (
 __all__ = [
     "DEFAULT_MAX_STEPS",
     "DOPRI5",
+    "NO_ERROR",
     "PROBE",
     "TABLEAUS",
     "TORCHDIFFEQ_NAMES",
