@@ -134,12 +134,12 @@ def test_columns_count_once_accepted() -> None:
 
 
 @pytest.mark.parametrize("one", [False, True])
-@pytest.mark.parametrize("size", [(30, 4), (200, 300)])
+@pytest.mark.parametrize("size", [(30, 4), (200, 300), (2, 30, 4)])
 def test_ends_of_steps_count_with_half_of_the_steps_beside_them(
-    size: tuple[int, int], one: bool
+    size: tuple[int, ...], one: bool
 ) -> None:
     """Two segments, with a rejected step, whose end counts nowhere."""
-    lengths, total = [[0.3, 0.5], [0.2]], torch.zeros(size[1] + one, size[1] + one)
+    lengths, total = [[0.3, 0.5], [0.2]], torch.zeros(())
     moment = Moment(torch.zeros(size), one=one)
     for segment in lengths:
         ends = [torch.randn(size) for _ in range(len(segment) + 1)]
@@ -151,7 +151,38 @@ def test_ends_of_steps_count_with_half_of_the_steps_beside_them(
             moment.add(second, 1.0)
             moment.accept_ends(0.5 * dt)
             for end in (first, second):
-                rows = torch.cat([end, torch.ones(len(end), 1)], 1) if one else end
-                total += 0.5 * dt * rows.T @ rows
+                total = total + 0.5 * dt * dense(end, one)
     moment.close()
     torch.testing.assert_close(moment.full(), total, rtol=1e-10, atol=1e-10)
+
+
+def by_ends(first: Tensor, second: Tensor) -> Moment:
+    moment = Moment(first, one=True)
+    for end, length in ((first, None), (second, 0.4)):
+        moment.add(end, 1.0)
+        moment.begin() if length is None else moment.accept_ends(0.5 * length)
+    moment.close()
+    return moment
+
+
+def test_sums_of_ends_and_of_accepted_rows_are_merged() -> None:
+    """A layer that two solves use, and that is also used outside of them."""
+    first, second, outside = torch.randn(3, 6, 4).unbind()
+    expected = 0.2 * (dense(first, True) + dense(second, True))
+    alone = Moment(outside, one=True)
+    alone.add(outside, 3.0)
+    alone.accept()
+    alone.merge(by_ends(first, second))
+    torch.testing.assert_close(alone.full(), expected + 3.0 * dense(outside, True))
+    both = by_ends(first, second)
+    both.merge(by_ends(first, second))
+    torch.testing.assert_close(both.full(), 2.0 * expected)
+
+
+def test_an_end_where_nothing_was_added_counts_as_zero() -> None:
+    rows = torch.randn(6, 4)
+    moment = Moment(rows)
+    moment.begin()
+    moment.add(rows, 1.0)
+    moment.accept_ends(0.5)
+    torch.testing.assert_close(moment.full(), 0.5 * rows.T @ rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,8 @@ class Moment:
     """A running weighted sum of rowsᵀ rows, with a 1 appended to each row for a layer with bias.
 
     Small rows are gathered and multiplied together; of wide ones only the blocks on and above the
-    diagonal are computed. `full` completes both. Rows count once they are accepted.
+    diagonal are computed. `full` completes both. Rows count once they are accepted. The ends of
+    steps, which live through a whole solve, are kept as upper triangles.
     """
 
     def __init__(self, rows: Tensor, *, one: bool = False) -> None:
@@ -33,7 +35,9 @@ class Moment:
         """
         batch, width = rows.shape[:-2], rows.shape[-1]
         form = Form((*batch, width + one, width + one), width, rows.new_empty(0))
-        self._total, self._step, self._end = Products(form), Products(form), Products(form)
+        self._total, self._step = Products(form), Products(form)
+        self._ends: Tensor | None = None  # the integral over steps, [..., d (d + 1) / 2]
+        self._end: Tensor | None = None  # the first end of the next one
 
     def add(self, rows: Tensor, weight: float) -> None:
         """Add weight · rowsᵀ rows, for the time being.
@@ -58,8 +62,8 @@ class Moment:
 
     def begin(self) -> None:
         """What was added since the last call is the first end of the next step."""
-        self._step.flush()
-        self._end, self._step = self._step, Products(self._step.form)
+        self._end = self._step.triangle()
+        self._step.clear()
 
     def accept_ends(self, scale: float) -> None:
         """Keep what was added as the second end of a step, and again its first one.
@@ -67,14 +71,16 @@ class Moment:
         Args:
             scale: of their weights, half of the step's length.
         """
-        self._step.flush()
-        for end in (self._end, self._step):
-            self._total.plus(end, scale)
+        first = self._end
         self.begin()
+        for end in (first, self._end):
+            if end is not None:
+                self._ends = torch.zeros_like(end) if self._ends is None else self._ends
+                self._ends.add_(end, alpha=scale)
 
     def close(self) -> None:
         """There is no next step."""
-        self._end.clear()
+        self._end = None
 
     def merge(self, other: Moment) -> None:
         """Add another sum of the same shape.
@@ -84,6 +90,10 @@ class Moment:
         """
         other._total.flush()  # rows wait for others of their own pass only
         self._total.take(other._total, 1.0)
+        if self._ends is None:
+            self._ends = other._ends
+        elif other._ends is not None:
+            self._ends += other._ends
 
     def full(self) -> Tensor:
         """The symmetric matrix of what was accepted.
@@ -91,7 +101,29 @@ class Moment:
         Returns:
             ``[..., d, d]``.
         """
-        return self._total.symmetric()
+        total = self._total.symmetric()
+        if self._ends is None:
+            return total
+        upper = torch.zeros_like(total)
+        places = upper_places(total.shape[-1], total.device)
+        upper.flatten(-2).index_copy_(-1, places.long(), self._ends)
+        total += upper
+        return total.add_(torch.triu(upper, 1).mT)
+
+
+@functools.lru_cache(maxsize=32)
+def upper_places(width: int, device: torch.device) -> Tensor:
+    """Where a flat matrix has its upper triangle.
+
+    Args:
+        width: d.
+        device: of the matrix.
+
+    Returns:
+        Row by row, ``[d (d + 1) / 2]``.
+    """
+    rows, columns = torch.triu_indices(width, width, device=device, dtype=torch.int32).unbind()
+    return rows * width + columns
 
 
 class Form(NamedTuple):
@@ -174,17 +206,6 @@ class Products:
         if waiting:
             self._wait(waiting)
 
-    def plus(self, other: Products, scale: float) -> None:
-        """Add scale times other products, none of which wait.
-
-        Args:
-            other: of the same form.
-            scale: of their weights.
-        """
-        if other._matrix is not None:
-            self._sums().add_(other._matrix, alpha=scale)
-            self._count += scale * other._count
-
     def clear(self) -> None:
         """Forget everything."""
         self._matrix, self._count, self._waiting = None, 0.0, []
@@ -226,6 +247,20 @@ class Products:
         if self.form.one:
             sums[..., :d, d].add_(rows.sum(-2), alpha=weight)
             self._count += weight * rows.shape[-2]
+
+    def triangle(self) -> Tensor | None:
+        """The upper triangle, row by row.
+
+        Returns:
+            ``[..., d (d + 1) / 2]``, or None where nothing was added.
+        """
+        self.flush()
+        if self._matrix is None:
+            return None
+        if self.form.one:
+            self._matrix[..., -1, -1] = self._count
+        places = upper_places(self.form.shape[-1], self._matrix.device)
+        return self._matrix.flatten(-2).index_select(-1, places)
 
     def symmetric(self) -> Tensor:
         """The whole matrix.

@@ -6,7 +6,7 @@ The natural gradient is fast where the curvature is right. Adam's direction is s
 far from every minimum, and where a step moves all samples, times and layers together, of which the
 Kronecker factors of single layers know too little.
 
-C is the product of the damped eigenvalues of A and B, or a quarter of N times the gradients'
+C is the product of the damped eigenvalues of A and B, or half of N times the gradients'
 variance where that is more. N times the variance of a batch's mean is the Fisher's diagonal in this
 basis (George et al. 2018), with all that positions and times have in common.
 
@@ -71,7 +71,7 @@ RADIUS_RANGE, ADAM_RANGE = (1e-10, 0.1), (1e-30, 0.1)
 # Gradients below this share of their largest ones no longer make steps of full length.
 FLOOR = 1e-4
 # The share of N times the gradients' variance that C has at least.
-VARIANCE_SHARE = 0.25
+VARIANCE_SHARE = 0.5
 # The curvature is refreshed in each of the first steps, and then when the squared lengths of the
 # steps since the last refresh add up to this.
 EARLY, STALE = 10, 2e-2
