@@ -9,6 +9,7 @@ from torchdyn.core import NeuralODE
 
 from tests.experiments.tiny import TINY, load
 from torchdyn_snopt.adjoint.recursive import recursive_adjoint, recursive_product
+from torchdyn_snopt.experiments.bench.steps import Iterations
 from torchdyn_snopt.experiments.reproduce import REPRODUCTIONS, Request, comparison, timing
 from torchdyn_snopt.experiments.reproduce.solves import solves_of
 from torchdyn_snopt.experiments.tasks import get_task
@@ -88,6 +89,25 @@ def test_a_timing_ends_with_table_and_picture(name, tmp_path, monkeypatch):
     assert next(row[0] for row in study.table.body) == "SNOpt"
     assert all(len(row) == len(study.table.head) for row in study.table.body)
     assert {path.suffix for path in study.files} == {".md", ".csv", ".png"}
+
+
+def test_the_follower_solves_the_field_that_snopt_solves(tmp_path):
+    request = _request(tmp_path)
+    train = request.task.load(request.data_dir).train
+    iterations = {
+        name: Iterations(request.task, spec, train, request.device)
+        for name, spec in {**timing.SPECS, timing.FOLLOWER: timing.SPECS[timing.TORCHDYN]}.items()
+    }
+    turns = timing._turns(iterations)
+    for _ in range(2):
+        for turn in turns.values():
+            turn()
+    ours, follower = turns[timing.OURS], turns[timing.FOLLOWER]
+    for name, weight in follower.weights.items():
+        assert torch.equal(weight, ours.weights[name])
+        assert not torch.equal(weight, turns[timing.TORCHDYN].weights[name])
+    for turn in turns.values():  # at least a step there and back, by a method of seven stages
+        assert turn.evaluations >= timing.BLOCK * 2 * 6
 
 
 def test_a_recursive_product_is_a_row_of_the_recursive_hessian():

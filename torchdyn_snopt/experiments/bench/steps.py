@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
+from torchdyn.core.defunc import DEFunc
 
 from torchdyn_snopt.experiments.bench.memory import ALLOCATOR, MeasurementError
 from torchdyn_snopt.experiments.optimizers import OptimizerSpec
@@ -55,6 +57,23 @@ class Iterations:
         """
         for _ in range(number):
             self._step()
+
+    def weights(self) -> dict[str, Any]:
+        """A copy of the model's state."""
+        return copy.deepcopy(self.model.state_dict())
+
+    def start_from(self, weights: dict[str, Any]) -> None:
+        """Go on from another model's state.
+
+        Args:
+            weights: As of `weights`.
+        """
+        self.model.load_state_dict(weights)
+
+    def evaluations(self) -> int:
+        """Field evaluations so far, forward and backward, of all neural ODEs together."""
+        fields = [module for module in self.model.modules() if isinstance(module, DEFunc)]
+        return sum(int(field.nfe) for field in fields)
 
     def _step(self) -> None:
         rows = self._batches[self._next]
