@@ -122,8 +122,8 @@ def upper_places(width: int, device: torch.device) -> Tensor:
     Returns:
         Row by row, ``[d (d + 1) / 2]``.
     """
-    rows, columns = torch.triu_indices(width, width, device=device, dtype=torch.int32).unbind()
-    return rows * width + columns
+    rows, columns = torch.triu_indices(width, width, dtype=torch.int32).unbind()
+    return (rows * width + columns).to(device)
 
 
 class Form(NamedTuple):
