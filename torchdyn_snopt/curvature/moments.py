@@ -90,10 +90,11 @@ class Moment:
         """
         other._total.flush()  # rows wait for others of their own pass only
         self._total.take(other._total, 1.0)
+        ends, other._ends = other._ends, None
         if self._ends is None:
-            self._ends = other._ends
-        elif other._ends is not None:
-            self._ends += other._ends
+            self._ends = ends
+        elif ends is not None:
+            self._ends += ends
 
     def full(self) -> Tensor:
         """The symmetric matrix of what was accepted.
