@@ -47,6 +47,16 @@ def test_the_number_of_tiles_follows_from_the_widest_factor_allowed() -> None:
     assert tiles_for(1921, 64, 640) == (4, 1)
 
 
+def test_slender_matrices_are_cut_into_more_blocks() -> None:
+    """860 weights, without and with a bias, as a flow's shift and gate have."""
+    assert tiles_for(860, 1, 520) == (14, 1)
+    assert tiles_for(860, 2, 520) == (7, 1)
+    assert tiles_for(2, 860, 520) == (1, 7)
+    assert tiles_for(64, 1, 520) == (1, 1)
+    assert tiles_for(860, 9, 520) == (2, 1)
+    assert tiles_for(860, 1, None) == (1, 1)
+
+
 def trained(layer: Layer, factors: list[Factors], gradients: list[Tensor], **group: Any) -> Tensor:
     """The last update, with a refresh before each step."""
     settings: dict[str, Any] = {

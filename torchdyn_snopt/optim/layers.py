@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: How often a matrix is cut: rows and columns of tiles.
 Tiles: TypeAlias = "tuple[int, int]"
+# Blocks of a factor, where it is cut, are at most so many times as wide as the matrix is long.
+SLENDER = 64
 
 
 class Layer:
@@ -130,6 +132,9 @@ class Layer:
 def tiles_for(outputs: int, inputs: int, widest: int | None) -> Tiles:
     """How often a matrix has to be cut so that no factor is wider than that.
 
+    Of a slender matrix, as the 860 weights by which a flow's layer depends on time, the larger
+    factor would have hundreds of times the entries of the matrix; it is cut into more blocks.
+
     Args:
         outputs: rows.
         inputs: columns.
@@ -140,7 +145,8 @@ def tiles_for(outputs: int, inputs: int, widest: int | None) -> Tiles:
     """
     if widest is None:
         return 1, 1
-    return math.ceil(outputs / widest), math.ceil(inputs / widest)
+    rows = math.ceil(outputs / min(widest, SLENDER * inputs))
+    return rows, math.ceil(inputs / min(widest, SLENDER * outputs))
 
 
 def cut(matrix: Tensor, tiles: Tiles) -> Tensor:
