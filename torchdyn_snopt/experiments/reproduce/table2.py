@@ -85,7 +85,7 @@ class Sweep:
 THEOREM_1 = ("Theorem 1",)
 OTHERS = ("Proposition 2", "SNOpt", "first-order adjoint")
 QUANTITIES = ("m", "n", "R", "depth")
-# The last sweep's state is large enough that 2^20 entries have come together by 64 steps.
+# The last sweep's state is large enough that 2^18 entries have come together by 32 steps.
 SWEEPS = (
     Sweep("m", tuple(Size(length) for length in (16, 32, 64, 128)), THEOREM_1 + OTHERS),
     Sweep("n", tuple(_square(channels, 48) for channels in (4, 8, 16, 24)), THEOREM_1),
@@ -106,9 +106,9 @@ NOTE = (
     "One sample, float64, rk4. Exponents: slope of log(memory) and log(time) over the three "
     "largest sizes; '–' where a method has no such quantity. Memory: peak bytes held by tensors "
     "(torch.profiler), activations of one field evaluation and the field's Jacobians included; "
-    "SNOpt: the backward pass that collects A and B. Small rows wait there until 2^20 entries make "
-    "one product: memory grows with the depth up to 8 MB for each of four factors, and two such "
-    "copies while one is multiplied; the sweep over the depth reaches that after 64 steps."
+    "SNOpt: the backward pass that collects A and B. Small rows wait there until 2^18 entries make "
+    "one product: memory grows with the depth up to 2 MB for each of four factors, and two such "
+    "copies while one is multiplied; the sweep over the depth is beyond that."
 )
 HEAD = ["method", "paper", "m", "n", "R", "depth"]
 
