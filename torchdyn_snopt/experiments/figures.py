@@ -298,6 +298,8 @@ def _draw_band(
     if len(curves) > 1:
         low, high = values.min(axis=0), values.max(axis=0)
         axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
+        if x.size == 1:  # a band without width
+            axes.vlines(x, low, high, color=style.color, alpha=0.5)
 
 
 def _on_common_grid(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -319,7 +321,8 @@ def _on_common_grid(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array
 
 def _finish(axes: Axes, xlabel: str) -> None:
     axes.set_xlabel(xlabel)
-    axes.set_xlim(left=0)
+    if axes.has_data():  # with room for the marker of a curve that is one point
+        axes.set_xlim(0, 1.03 * axes.dataLim.x1)
     axes.grid(True, which="major", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
