@@ -108,8 +108,7 @@ class Moment:
         upper = torch.zeros_like(total)
         places = upper_places(total.shape[-1], total.device)
         upper.flatten(-2).index_copy_(-1, places.long(), self._ends)
-        total += upper
-        return total.add_(torch.triu(upper, 1).mT)
+        return total.add_(_mirrored(upper))
 
 
 @functools.lru_cache(maxsize=32)
@@ -276,5 +275,9 @@ class Products:
             sums[..., d, :d] = sums[..., :d, d]
         if len(self.form.starts) == 1:
             return sums
-        sums.triu_()
-        return sums.add_(torch.triu(sums, 1).mT)
+        return _mirrored(sums.triu_())
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """An upper triangular matrix, made symmetric in place."""
+    return upper.add_(torch.triu(upper, 1).mT)

@@ -164,7 +164,7 @@ class _Turn:
 
 
 def _turns(contenders: Mapping[str, Iterations]) -> dict[str, _Turn]:
-    turns = {name: _Turn(iterations) for name, iterations in contenders.items()}
+    turns = {name: _Turn(contenders[name]) for name in SPECS}
     turns[FOLLOWER] = _Turn(contenders[FOLLOWER], turns[OURS])
     return turns
 
